@@ -1,0 +1,34 @@
+"""What every compiler has to offer. The contract test runs over each of them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from ..graph import Compiled, GraphFunction, GraphRequest
+
+
+class Backend(Protocol):
+    """One compiler."""
+
+    name: str
+
+    def available(self, device: torch.device) -> str | None:
+        """Return None if the compiler can run for `device`, else the exact reason."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Name, version and options: everything of the compiler that a key must count."""
+        ...
+
+    def compile(self, request: GraphRequest) -> Compiled:
+        """Build the graph, or raise.
+
+        Unless `request.frozen`, the weights passed in each call are those that are used.
+        """
+        ...
+
+    def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
+        """Return the graph stored in `artifact`, which `compile` made for an equal request."""
+        ...

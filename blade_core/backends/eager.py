@@ -1,0 +1,47 @@
+"""The reference: the traced graph, run operation by operation by torch itself.
+
+No faster than stock; it shows whether a difference comes from tracing or from a compiler, and
+it tests the state machine in seconds.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import torch
+
+from ..graph import Compiled, GraphFunction, GraphRequest, trace
+
+
+class EagerBackend:
+    name = "eager"
+
+    def available(self, device: torch.device) -> str | None:
+        return None
+
+    def fingerprint(self) -> str:
+        return "eager"
+
+    def compile(self, request: GraphRequest) -> Compiled:
+        module = trace(request)
+        stream = io.BytesIO()
+        torch.save(module, stream)
+        artifact = stream.getvalue()
+        return Compiled(_function(module, request), artifact, len(artifact))
+
+    def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
+        module = torch.load(io.BytesIO(artifact), weights_only=False)
+        return _function(module, request)
+
+
+def _function(module: torch.fx.GraphModule, request: GraphRequest) -> GraphFunction:
+    forward = module.forward
+    if request.frozen:
+        frozen = request.weights
+        return lambda _, inputs: forward(*frozen, *inputs)
+
+    def call(weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return forward(*weights, *inputs)
+
+    return call

@@ -1,0 +1,165 @@
+"""TorchInductor, without Dynamo and without guards.
+
+The traced graph goes straight to `torch._inductor.standalone_compile`, whose result can be
+stored and loaded without tracing. Where this torch does not have it (before 2.8),
+`torch._inductor.compile` gives the same code, but nothing to store.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..graph import Compiled, GraphFunction, GraphRequest, trace
+
+# Inference only, one graph a unit, launched one by one. docs/performance.md has what each of
+# these bought.
+_OPTIONS: dict[str, Any] = {
+    # The host owns streams and memory; a whole step is captured outside, not graph by graph.
+    "triton.cudagraphs": False,
+    # Key and host adapter have checked sizes and strides; asserting again costs launches' time.
+    "size_asserts": False,
+    # Outputs keep the strides that were traced: the next unit's graph counts on them.
+    "keep_output_stride": True,
+}
+
+_UNKNOWN_BYTES = 4 * 2**20
+"""What a graph counts with that cannot be stored, and so cannot be measured: a typical size."""
+
+_MIN_CAPABILITY = (7, 0)  # Triton's own limit
+
+
+class InductorBackend:
+    name = "inductor"
+
+    def available(self, device: torch.device) -> str | None:
+        if device.type == "cpu":
+            return _no_cpp_compiler(os.environ.get("CXX"))
+        if device.type == "cuda":
+            return _no_triton(device)
+        return f"Blade has not been tried on {device.type!r} devices"
+
+    def fingerprint(self) -> str:
+        options = " ".join(f"{key}={value}" for key, value in sorted(_OPTIONS.items()))
+        return f"inductor {torch.__version__} {options}"
+
+    def compile(self, request: GraphRequest) -> Compiled:
+        module = trace(request)
+        inputs = list(request.inputs)
+        patches = dict(_OPTIONS)
+        if request.frozen:
+            module = _fold_weights(module, request.weights)
+            patches["freezing"] = True
+        else:
+            inputs = [*request.weights, *inputs]
+        with torch.no_grad():
+            call, artifact = _compile(module, inputs, patches)
+        nbytes = _UNKNOWN_BYTES if artifact is None else len(artifact)
+        if request.frozen:
+            nbytes += sum(w.nbytes for w in request.weights)
+        return Compiled(_function(call, frozen=request.frozen), artifact, nbytes)
+
+    def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
+        from torch._inductor import CompiledArtifact
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "graph")
+            with open(path, "wb") as file:
+                file.write(artifact)
+            return _function(CompiledArtifact.load(path=path), frozen=request.frozen)
+
+
+def _function(call: Callable[..., Any], *, frozen: bool) -> GraphFunction:
+    def run(weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return _only(call(*weights, *inputs))
+
+    def run_frozen(_: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return _only(call(*inputs))
+
+    return run_frozen if frozen else run
+
+
+def _only(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, (tuple, list)) else result
+
+
+def _compile(
+    module: torch.fx.GraphModule, inputs: list[torch.Tensor], patches: dict[str, Any]
+) -> tuple[Callable[..., Any], bytes | None]:
+    standalone = getattr(torch._inductor, "standalone_compile", None)
+    if standalone is None:
+        return torch._inductor.compile(module, inputs, options=patches), None
+    compiled = standalone(
+        module,
+        inputs,
+        dynamic_shapes="from_example_inputs",
+        options={"config_patches": patches},
+    )
+    return compiled, _artifact(compiled)
+
+
+def _artifact(compiled: Any) -> bytes | None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "graph")
+        try:
+            compiled.save(path=path, format="binary")
+        except RuntimeError:  # what it says of a graph that holds something not serialisable
+            return None
+        with open(path, "rb") as file:
+            return file.read()
+
+
+def _fold_weights(
+    module: torch.fx.GraphModule, weights: Sequence[torch.Tensor]
+) -> torch.fx.GraphModule:
+    """Turn the leading placeholders into attributes, which Inductor's freezing folds."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for index, (node, weight) in enumerate(zip(placeholders, weights, strict=False)):
+        name = f"weight_{index}"
+        module.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
+        with module.graph.inserting_before(node):
+            attribute = module.graph.get_attr(name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+@lru_cache
+def _no_cpp_compiler(cxx: str | None) -> str | None:
+    """`cxx` is the environment's choice, an argument so that another choice is asked anew."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError, OSError) as error:
+        chosen = f" (CXX is {cxx!r})" if cxx else ""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return (
+            f"no working C++ compiler was found{chosen}: {reason}. Install g++ or clang "
+            "(Windows: Visual Studio Build Tools), or set CXX"
+        )
+    return None
+
+
+@lru_cache
+def _no_triton(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _MIN_CAPABILITY:
+        return (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}; "
+            f"Triton needs {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]}"
+        )
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}). Install triton (Windows: triton-windows)"
+    return None

@@ -1,0 +1,115 @@
+"""Graphs in memory: one compile per key in the whole process, least recently used out first."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+from .counters import Counters
+from .errors import CompileFailed
+from .graph import Graph
+from .key import GraphKey
+
+_WAIT_SECONDS = 0.2
+
+
+class GraphCache:
+    """Thread-safe map from key to graph, with a budget in bytes.
+
+    A graph that callers still hold lives on after it was evicted; it is only no longer found.
+    """
+
+    def __init__(self, budget: int, counters: Counters) -> None:
+        self.budget = budget
+        self._counters = counters
+        self._lock = threading.Lock()
+        self._graphs: OrderedDict[GraphKey, Graph] = OrderedDict()
+        self._failures: dict[GraphKey, CompileFailed] = {}
+        self._building: dict[GraphKey, threading.Lock] = {}
+        self._bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def keys(self) -> list[GraphKey]:
+        """All keys, the least recently used first."""
+        with self._lock:
+            return list(self._graphs)
+
+    def get(
+        self, key: GraphKey, build: Callable[[], Graph], *, checkpoint: Callable[[], None]
+    ) -> Graph:
+        """Return the graph of `key`; call `build` if there is none.
+
+        Of several threads that ask for one key, one builds and the others wait for it.
+        `checkpoint` is called while waiting and may raise (a user's cancel).
+
+        Raises:
+            CompileFailed: `build` raised it, now or (unless transient) at an earlier time.
+        """
+        found = self._find(key)
+        if found is not None:
+            return found
+        with self._lock:
+            gate = self._building.setdefault(key, threading.Lock())
+        while not gate.acquire(timeout=_WAIT_SECONDS):
+            checkpoint()
+        try:
+            found = self._find(key)
+            if found is not None:
+                return found
+            self._counters.add("cache_misses")
+            try:
+                graph = build()
+            except CompileFailed as error:
+                self._counters.add("compile_failures")
+                if not error.transient:
+                    with self._lock:
+                        self._failures[key] = error
+                raise
+            self._put(graph)
+            return graph
+        finally:
+            gate.release()
+            with self._lock:
+                self._building.pop(key, None)
+
+    def discard(self, key: GraphKey) -> None:
+        """Drop one graph, if it is there."""
+        with self._lock:
+            graph = self._graphs.pop(key, None)
+            if graph is not None:
+                self._bytes -= graph.nbytes
+
+    def clear(self) -> None:
+        """Drop all graphs and forget all failures."""
+        with self._lock:
+            self._graphs.clear()
+            self._failures.clear()
+            self._bytes = 0
+
+    def _find(self, key: GraphKey) -> Graph | None:
+        with self._lock:
+            failure = self._failures.get(key)
+            if failure is not None:
+                raise failure
+            graph = self._graphs.get(key)
+            if graph is not None:
+                self._graphs.move_to_end(key)
+                self._counters.add("cache_hits")
+            return graph
+
+    def _put(self, graph: Graph) -> None:
+        with self._lock:
+            self._graphs[graph.key] = graph
+            self._bytes += graph.nbytes
+            # The newest graph stays even if it is larger than the budget: it is in use.
+            while self._bytes > self.budget and len(self._graphs) > 1:
+                _, evicted = self._graphs.popitem(last=False)
+                self._bytes -= evicted.nbytes
+                self._counters.add("graphs_evicted")

@@ -1,0 +1,58 @@
+"""What a user can choose, as frozen data that travels from the node to the engine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from .errors import InvalidChoice
+
+BACKENDS = ("auto", "torch_blade", "inductor", "eager")
+ON_FAILURE = ("fallback", "error")
+
+FORMAT_VERSION = 1
+"""Counts changes of the pack that make graphs of older versions wrong."""
+
+
+@dataclass(frozen=True)
+class OptimizeConfig:
+    """The dials of one optimized model.
+
+    backend: the compiler; `auto` takes the first that can run: torch_blade, then inductor.
+    freeze_weights: fold the weights into the graphs. Costs a rebuild for every weight change.
+    on_failure: `fallback` runs what cannot be compiled as stock ComfyUI would; `error` raises.
+
+    Raises:
+        InvalidChoice: a value is not one of those listed above.
+    """
+
+    backend: str = "auto"
+    freeze_weights: bool = False
+    on_failure: str = "fallback"
+
+    def __post_init__(self) -> None:
+        _check("backend", self.backend, BACKENDS)
+        _check("on_failure", self.on_failure, ON_FAILURE)
+
+    @property
+    def strict(self) -> bool:
+        return self.on_failure == "error"
+
+
+def graph_cache_bytes() -> int:
+    """Byte budget of the graph cache: `BLADE_GRAPH_CACHE_MIB` (default 4096 MiB)."""
+    text = os.environ.get("BLADE_GRAPH_CACHE_MIB", "4096")
+    if not text.isdecimal() or int(text) == 0:
+        raise InvalidChoice(
+            f"BLADE_GRAPH_CACHE_MIB is {text!r}; expected a whole number of MiB above 0. "
+            "Unset it, or set it for example to 4096."
+        )
+    return int(text) * 2**20
+
+
+def _check(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise InvalidChoice(
+            f"Blade does not know {name}={value!r}; expected one of {', '.join(valid)}. "
+            "Choose one of these in the node, or in the workflow that you post."
+        )

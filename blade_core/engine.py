@@ -1,0 +1,157 @@
+"""From a key to a graph: look up, compile, check, or say why not. The one state machine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from .backends import BACKENDS, Backend
+from .cache import GraphCache
+from .config import OptimizeConfig, graph_cache_bytes
+from .counters import Counters
+from .errors import BackendUnavailable, CompileFailed, first_line, is_disk_full, is_out_of_memory
+from .graph import Graph, GraphRequest
+from .key import GraphKey
+from .log import logger, warn_once
+
+_AUTO = ("torch_blade", "inductor")
+_FALLBACK_ORDER = ("torch_blade", "inductor")
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Relative RMS by which one graph may differ from the same module run eager. Fused kernels round
+less often than eager ones: single units differ by about 1e-6 (fp32) to 1e-3 (fp16)."""
+
+
+class Engine:
+    """Owns the graph cache, the counters and the compilers of a process."""
+
+    def __init__(self, *, budget: int | None = None) -> None:
+        self.counters = Counters()
+        self.cache = GraphCache(graph_cache_bytes() if budget is None else budget, self.counters)
+        # Inductor and torch_blade keep global state while they compile.
+        self._compiling = threading.RLock()
+
+    def backend(self, config: OptimizeConfig, device: torch.device) -> Backend:
+        """Return the backend that `config` means on `device`.
+
+        Under `fallback` a chosen backend that cannot run is replaced by the next that can,
+        with one warning.
+
+        Raises:
+            BackendUnavailable: none can run, or the chosen one cannot and `on_failure` is
+                `error`. The message holds each one's reason.
+        """
+        if config.backend == "auto":
+            candidates = _AUTO
+        elif config.strict or config.backend == "eager":
+            candidates = (config.backend,)
+        else:
+            start = _FALLBACK_ORDER.index(config.backend)
+            candidates = _FALLBACK_ORDER[start:]
+        reasons = {}
+        for name in candidates:
+            reason = BACKENDS[name].available(device)
+            if reason is None:
+                if reasons and config.backend != "auto":
+                    warn_once(f"{_cannot(config.backend, reasons)} Blade uses {name} instead.")
+                return BACKENDS[name]
+            reasons[name] = reason
+        raise BackendUnavailable(_cannot(config.backend, reasons))
+
+    def graph(
+        self,
+        key: GraphKey,
+        backend: Backend,
+        request: Callable[[], GraphRequest],
+        *,
+        checkpoint: Callable[[], None],
+        announce: Callable[[GraphKey], None],
+    ) -> Graph:
+        """Return the graph of `key`, compiled now if this process never did.
+
+        request: makes the request; called only to compile.
+        checkpoint: called before compiling and while waiting; raises to cancel.
+        announce: told the key before it is compiled.
+
+        Raises:
+            CompileFailed: with the reason in words.
+        """
+
+        def build() -> Graph:
+            with self._compiling:
+                checkpoint()
+                announce(key)
+                return self._compile(backend, request())
+
+        return self.cache.get(key, build, checkpoint=checkpoint)
+
+    def _compile(self, backend: Backend, request: GraphRequest) -> Graph:
+        start = time.perf_counter()
+        try:
+            compiled = backend.compile(request)
+            difference = _difference(compiled.call, request)
+        except CompileFailed:
+            raise
+        except Exception as error:  # whatever a compiler raises, stock ComfyUI would not have
+            if _is_cancel(error):
+                raise
+            raise _failure(backend.name, request, error) from error
+        seconds = time.perf_counter() - start
+        if difference is not None:
+            raise CompileFailed(
+                f"The graph that {backend.name} built for {request.key.label} differs from the "
+                f"uncompiled layer by {difference:.1e} (relative RMS), expected at most "
+                f"{_TOLERANCE.get(request.inputs[0].dtype, 0):.0e}; it is not used."
+            )
+        self.counters.add("graphs_compiled")
+        self.counters.add_compile_seconds(seconds)
+        logger.info("compiled in %.1f s: %s", seconds, request.key)
+        return Graph(request.key, compiled.call, compiled.nbytes, seconds)
+
+
+def _difference(
+    call: Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], torch.Tensor],
+    request: GraphRequest,
+) -> float | None:
+    """Relative RMS between graph and eager module on the live inputs, if it is too large."""
+    expected = request.eager(request.weights, request.inputs).float()
+    actual = call(request.weights, request.inputs).float()
+    if actual.shape != expected.shape:
+        return float("inf")
+    if not torch.isfinite(expected).all():
+        return None  # a model that overflows gives no reference
+    scale = expected.square().mean().sqrt().clamp_min(1e-12)
+    error = float((actual - expected).square().mean().sqrt() / scale)
+    tolerance = _TOLERANCE.get(request.inputs[0].dtype, 1e-2)
+    return None if error <= tolerance else error
+
+
+def _failure(backend: str, request: GraphRequest, error: Exception) -> CompileFailed:
+    label = request.key.label
+    if is_out_of_memory(error):
+        return CompileFailed(
+            f"Out of memory while {backend} compiled {label}. Free VRAM (smaller batch or size, "
+            "fewer models) or choose backend eager; Blade tries again in the next run.",
+            transient=True,
+        )
+    if is_disk_full(error):
+        return CompileFailed(
+            f"The disk filled up while {backend} compiled {label} ({first_line(error)}). Free "
+            "space in the temporary folder or set TORCHINDUCTOR_CACHE_DIR to another disk; "
+            "Blade tries again in the next run.",
+            transient=True,
+        )
+    return CompileFailed(f"{backend} could not compile {label}: {first_line(error)}")
+
+
+def _is_cancel(error: BaseException) -> bool:
+    """A user's cancel is a plain Exception on hosts before 0.20; only its name tells it."""
+    return type(error).__name__ == "InterruptProcessingException"
+
+
+def _cannot(chosen: str, reasons: dict[str, str]) -> str:
+    each = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return f'Blade cannot use backend "{chosen}" here. {each}.'

@@ -1,0 +1,1 @@
+"""The only code of Blade that imports comfy."""

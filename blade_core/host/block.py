@@ -1,0 +1,274 @@
+"""One block of a UNet: runs its units' graphs, or the host's own code with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed
+from torch import nn
+
+from ..backends import Backend
+from ..config import OptimizeConfig
+from ..counters import Counters
+from ..engine import Engine
+from ..errors import CompileFailed, UnknownStructure, is_out_of_memory
+from ..graph import Graph, GraphRequest, Positional, Static, skeleton
+from ..key import GraphKey, TensorSpec, digest
+from ..log import warn_once
+from ..structure import describe
+from .blocks import Step, count_transformers, program
+from .patches import BlockId, Patched
+from .weights import HOST_STATE, UnitWeights, checksum, in_format
+
+Signature = tuple[Any, ...]
+
+
+@dataclass
+class RunContext:
+    """What all units of a run share."""
+
+    engine: Engine
+    config: OptimizeConfig
+    backend: Backend
+    environment: str
+    memory_format: torch.memory_format
+    freeze: bool
+    checkpoint: Callable[[], None]
+    announce: Callable[[GraphKey], None]
+    bound: Callable[[], None]
+    weights_changed: Callable[[], None]
+
+
+class Unit:
+    """One step of a block's program with its weights and, per signature, its graph."""
+
+    def __init__(self, step: Step, frozen_keys: dict[Signature, GraphKey]) -> None:
+        self.step = step
+        self.weights = UnitWeights(step.unit)
+        self.structure = digest(describe(step.unit, ignore=HOST_STATE))
+        self.graphs: dict[Signature, Graph] = {}
+        self._resident: tuple[torch.Tensor, ...] = ()
+        self._frozen: str | None = None
+        self._frozen_keys = frozen_keys
+
+    def begin(self, device: torch.device, dtype: torch.dtype, run: RunContext) -> str | None:
+        """Take up the weights as they are now; return why the unit cannot run compiled."""
+        self.graphs.clear()
+        reason = self.weights.prepare(device, dtype, run.memory_format)
+        if reason is None and self.weights.resident:
+            self._resident = tuple(self.weights.current())
+            self._frozen = digest(checksum(self._resident)) if run.freeze else None
+        return reason
+
+    def end(self) -> None:
+        """Let go of the weights, which the host may free or replace between runs."""
+        self.graphs.clear()
+        self._resident = ()
+
+    def __call__(self, args: Sequence[Any], run: RunContext) -> torch.Tensor:
+        inputs = []
+        signature: list[Any] = []
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                tensor = in_format(value, run.memory_format)
+                inputs.append(tensor)
+                signature += (tensor.shape, tensor.dtype)
+            else:
+                signature.append(value)
+        key = tuple(signature)
+        graph = self.graphs.get(key)
+        if self.weights.resident:
+            if graph is None:
+                graph = self._bind(key, args, self._resident, inputs, run)
+            return graph.call(self._resident, inputs)
+        weights, held = self.weights.resolve()
+        try:
+            if graph is None:
+                graph = self._bind(key, args, weights, inputs, run)
+            return graph.call(weights, inputs)
+        finally:
+            self.weights.release(held)
+
+    def _bind(
+        self,
+        signature: Signature,
+        args: Sequence[Any],
+        weights: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        run: RunContext,
+    ) -> Graph:
+        specs = iter([TensorSpec.of(t) for t in inputs])
+        key = GraphKey(
+            structure=self.structure,
+            signature=tuple(next(specs) if isinstance(a, torch.Tensor) else a for a in args),
+            layout=digest(tuple(TensorSpec.of(w) for w in weights)),
+            backend=run.backend.fingerprint(),
+            environment=run.environment,
+            frozen=self._frozen if self.weights.resident else None,
+            label=self.step.label,
+        )
+
+        def request() -> GraphRequest:
+            statics = tuple(None if isinstance(a, torch.Tensor) else Static(a) for a in args)
+            channels_last = run.memory_format == torch.channels_last
+            module = Positional(self.step.unit, statics, channels_last=channels_last)
+            return GraphRequest(
+                key=key,
+                module=skeleton(module, drop=tuple(HOST_STATE)),
+                names=tuple(f"unit.{name}" for name in self.weights.names),
+                weights=tuple(w.detach() for w in weights),
+                inputs=tuple(inputs),
+            )
+
+        self._drop_frozen(signature, key, run)
+        graph = run.engine.graph(
+            key, run.backend, request, checkpoint=run.checkpoint, announce=run.announce
+        )
+        self.graphs[signature] = graph
+        run.bound()
+        return graph
+
+    def _drop_frozen(self, signature: Signature, key: GraphKey, run: RunContext) -> None:
+        """A graph with other weights folded in can never be used again by this unit."""
+        old = self._frozen_keys.get(signature)
+        if old is not None and old != key:
+            run.engine.cache.discard(old)
+            run.engine.counters.add("frozen_rebuilds")
+            run.weights_changed()
+        if key.frozen is not None:
+            self._frozen_keys[signature] = key
+
+
+class OptimizedBlock:
+    """A block, its units, and what became of it in the last run."""
+
+    def __init__(self, name: str, block_id: BlockId, block: nn.Module) -> None:
+        self.name = name
+        self.block_id = block_id
+        self.block = block
+        self.transformers = count_transformers(block)
+        self.units: list[Unit] = []
+        self.why_not: str | None = None  # for the whole run
+        self.reasons: set[str] = set()  # why calls of this run were eager
+        self.compiled_calls = 0
+        self._frozen_keys: list[dict[Signature, GraphKey]] = []
+
+    def begin(self, device: torch.device, dtype: torch.dtype, run: RunContext) -> None:
+        """Look at the block anew: packs inject layers, hooks and patches between runs."""
+        self.reasons = set()
+        self.compiled_calls = 0
+        self.why_not = self._read_program() or self._prepare(device, dtype, run)
+
+    def end(self, counters: Counters) -> None:
+        if self.compiled_calls:
+            counters.add("blocks_compiled")
+        if self.reasons:
+            counters.add("blocks_eager")
+        for unit in self.units:
+            unit.end()
+
+    def weights(self) -> list[torch.Tensor]:
+        return [w for unit in self.units for w in unit.weights.current()]
+
+    def __call__(
+        self,
+        h: torch.Tensor,
+        emb: torch.Tensor,
+        context: torch.Tensor | None,
+        options: dict[str, Any],
+        output_shape: Any,
+        video: tuple[Any, Any, Any],
+        run: RunContext,
+        patched: Patched,
+    ) -> torch.Tensor:
+        reason = self.why_not or patched.reason(
+            self.block_id, self.block, attends=self.transformers > 0
+        )
+        if reason is None and context is None and self.transformers:
+            reason = "there is no context"
+        if reason is None:
+            try:
+                return self._run(h, emb, context, options, output_shape, run)
+            except CompileFailed as error:
+                if run.config.strict:
+                    raise
+                reason = self.why_not = str(error)
+                warn_once(f"{error} Blocks that need it run uncompiled.")
+            except RuntimeError as error:
+                # Out of memory is for the host, which frees memory and tries again.
+                if run.config.strict or is_out_of_memory(error):
+                    raise
+                reason = self.why_not = f"its graph failed: {error}"
+                warn_once(f"{self.name} runs uncompiled: {reason}")
+        self.reasons.add(reason)
+        return forward_timestep_embed(self.block, h, emb, context, options, output_shape, *video)
+
+    def _run(
+        self,
+        h: torch.Tensor,
+        emb: torch.Tensor,
+        context: torch.Tensor | None,
+        options: dict[str, Any],
+        output_shape: Any,
+        run: RunContext,
+    ) -> torch.Tensor:
+        values = {
+            "h": h,
+            "emb": emb,
+            "context": context,
+            # Only height and width count (Upsample.forward); the rest would split the key.
+            "output_shape": None if output_shape is None else (0, 0, *output_shape[2:]),
+        }
+        for unit in self.units:
+            step = unit.step
+            values[step.writes] = unit([values[name] for name in step.reads], run)
+        if self.transformers:
+            # Patches of other blocks count on what the host's transformers leave behind.
+            options["activations_shape"] = list(h.shape)
+            if "transformer_index" in options:
+                options["transformer_index"] += self.transformers
+        self.compiled_calls += 1
+        result = values["h"]
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    def _read_program(self) -> str | None:
+        steps = program(self.block)
+        if isinstance(steps, str):
+            self.units = []
+            return steps
+        if len(self._frozen_keys) != len(steps):
+            self._frozen_keys = [{} for _ in steps]
+        try:
+            self.units = [
+                Unit(step, keys) for step, keys in zip(steps, self._frozen_keys, strict=True)
+            ]
+        except UnknownStructure as error:
+            self.units = []
+            return str(error)
+        return None
+
+    def _prepare(self, device: torch.device, dtype: torch.dtype, run: RunContext) -> str | None:
+        for unit in self.units:
+            reason = unit.begin(device, dtype, run)
+            if reason is not None:
+                return reason
+        return None
+
+    def report(self) -> dict[str, Any]:
+        """What the last run did with this block."""
+        if self.compiled_calls and self.reasons:
+            state = "mixed"
+        elif self.compiled_calls:
+            state = "compiled"
+        else:
+            state = "eager" if self.reasons else "idle"
+        return {
+            "block": self.name,
+            "state": state,
+            "reasons": sorted(self.reasons),
+            "layers": [unit.step.label for unit in self.units],
+        }

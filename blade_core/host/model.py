@@ -1,0 +1,167 @@
+"""BladeOptimizeModel's work: put Blade onto a clone of a MODEL."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import nn
+
+from ..config import OptimizeConfig
+from ..engine import Engine
+from ..log import logger
+from .dynamic import non_dynamic_clone
+from .progress import CompileProgress, say
+from .unet import OptimizedUNet
+
+_KEY = "blade"
+
+
+class Session:
+    """All of Blade's state in a process: the engine, and what it knows of each UNet alive."""
+
+    def __init__(self) -> None:
+        self.engine = Engine()
+        self._unets: weakref.WeakKeyDictionary[nn.Module, dict[OptimizeConfig, OptimizedUNet]]
+        self._unets = weakref.WeakKeyDictionary()
+
+    def unet(self, unet: nn.Module, config: OptimizeConfig) -> OptimizedUNet:
+        """Return the state of `unet` under `config`; clones and node graphs share it."""
+        by_config = self._unets.setdefault(unet, {})
+        if config not in by_config:
+            by_config[config] = OptimizedUNet(unet, self.engine, config)
+        return by_config[config]
+
+    def stats(self, only: nn.Module | None) -> dict[str, Any]:
+        """Counters, cache and models as plain data; `only` limits the models to one UNet."""
+        cache = self.engine.cache
+        return {
+            "counters": self.engine.counters.snapshot(),
+            "cache": {
+                "graphs": len(cache),
+                "bytes": cache.nbytes,
+                "budget_bytes": cache.budget,
+                "keys": [str(key) for key in cache.keys()],
+            },
+            "models": [
+                state.report()
+                for unet, by_config in list(self._unets.items())
+                if only is None or unet is only
+                for state in by_config.values()
+            ],
+        }
+
+
+@functools.cache
+def session() -> Session:
+    """The process's one session, made when it is first asked for."""
+    return Session()
+
+
+class Attachment:
+    """What the node leaves on a model clone: a wrapper and the two ends of a sampling run."""
+
+    def __init__(self, config: OptimizeConfig, node_id: str | None) -> None:
+        self.config = config
+        self.node_id = node_id
+        self._running: set[OptimizedUNet] = set()
+        self._depth = 0  # runs inside of runs: some samplers sample
+        self._hooked = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        return self  # hosts before 0.14 deep-copy what hangs on a model's options
+
+    def pre_run(self, patcher: ModelPatcher) -> None:
+        self._depth += 1
+        self._hooked = bool(patcher.hook_patches)
+
+    def cleanup(self, patcher: ModelPatcher | None) -> None:
+        self._depth = max(0, self._depth - 1)
+        for state in self._running:
+            state.end()
+        self._running.clear()
+
+    def wrap(
+        self, executor: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The DIFFUSION_MODEL wrapper. `executor.class_obj` tells which UNet is called: hooks
+        and several GPUs bring others than the one that the node saw."""
+        unet = executor.class_obj  # type: ignore[attr-defined]
+        if not isinstance(unet, UNetModel):
+            return executor(*args, **kwargs)
+        state = session().unet(unet, self.config)
+        self._running.add(state)
+        try:
+            return state.call(
+                executor,
+                unet,
+                args,
+                kwargs,
+                progress=CompileProgress(self.node_id),
+                freeze=self.config.freeze_weights and not self._hooked,
+            )
+        finally:
+            if self._depth == 0:  # called outside of a sampler: each call is a run
+                self.cleanup(None)
+
+
+def optimize_model(
+    model: ModelPatcher, config: OptimizeConfig, *, node_id: str | None = None
+) -> ModelPatcher:
+    """Return a clone of `model` whose UNet blocks run compiled; `model` stays as it is.
+
+    A model that is no SD1.5 / SDXL kind of UNet comes back unchanged, with a message. An
+    earlier Blade node's settings are replaced.
+
+    Raises:
+        BladeError: the model is under dynamic VRAM and cannot leave it.
+        BackendUnavailable: `on_failure` is `error` and the backend cannot run here.
+    """
+    unet = getattr(model.model, "diffusion_model", None)
+    if not isinstance(unet, UNetModel):
+        message = (
+            f"Blade optimizes SD1.5 and SDXL kinds of UNet; this model is a "
+            f"{type(model.model).__name__} ({type(unet).__name__}). It runs unchanged."
+        )
+        logger.warning(message)
+        say(message, node_id)
+        return model
+    if config.strict:
+        session().engine.backend(config, model.load_device)
+    clone = non_dynamic_clone(model)
+    _remove_blade(clone)
+    # The first LoRA must find the weights as the graphs saw them (hosts before 0.30).
+    clone.model.diffusion_model.requires_grad_(False)
+    attachment = Attachment(config, node_id)
+    clone.set_attachments(_KEY, attachment)
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, attachment.wrap)
+    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, _KEY, attachment.pre_run)
+    clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, attachment.cleanup)
+    return clone
+
+
+def without_blade(model: ModelPatcher) -> ModelPatcher:
+    """Return `model` as stock runs it: itself, or a clone without an earlier node's Blade."""
+    if _KEY not in model.attachments:
+        return model
+    clone = model.clone()
+    _remove_blade(clone)
+    return clone
+
+
+def stats(model: ModelPatcher | None = None) -> dict[str, Any]:
+    """What Blade did, as plain data: of one model, or of all."""
+    return session().stats(None if model is None else getattr(model.model, "diffusion_model", None))
+
+
+def _remove_blade(model: ModelPatcher) -> None:
+    model.remove_attachments(_KEY)
+    model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, _KEY)
+    model.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, _KEY)
+    model.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, _KEY)

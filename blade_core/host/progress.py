@@ -1,0 +1,50 @@
+"""Compilation as the user sees it: a bar and a line of text on the Blade node."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import comfy.utils
+from comfy_execution.progress import get_progress_state
+
+from ..key import GraphKey
+
+
+class CompileProgress:
+    """Progress of one run; silent until something is compiled."""
+
+    def __init__(self, node_id: str | None) -> None:
+        self._node_id = node_id
+        self._bar: comfy.utils.ProgressBar | None = None
+        self._start = 0.0
+        self._graphs = 0
+
+    def compiling(self, key: GraphKey, done: int, total: int) -> None:
+        """`done` of `total` units have their graph; that of `key` is compiled now."""
+        if self._bar is None:
+            self._start = time.perf_counter()
+            self._bar = comfy.utils.ProgressBar(total, node_id=self._node_id)
+        self._graphs += 1
+        self._bar.update_absolute(done, total)
+        seconds = time.perf_counter() - self._start
+        text = f"Compiling {key.label} ({done + 1} of {total} layers, {seconds:.0f} s)"
+        say(text, self._node_id)
+
+    def finish(self) -> None:
+        """Say what was compiled, and take the bar off the node."""
+        if self._bar is None:
+            return
+        self._bar = None
+        seconds = time.perf_counter() - self._start
+        say(f"Compiled {self._graphs} graphs in {seconds:.0f} s", self._node_id)
+        if self._node_id is not None:
+            get_progress_state().finish_progress(self._node_id)
+
+
+def say(text: str, node_id: str | None) -> None:
+    """Show `text` on the node, if a server with users is running."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    instance = getattr(server, "instance", None)
+    if instance is not None and node_id is not None:
+        instance.send_progress_text(text, node_id)

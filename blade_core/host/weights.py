@@ -1,0 +1,157 @@
+"""The weights of a unit as a graph wants them: on the device, cast, in the right strides.
+
+Resident weights are passed as they are, so that whatever changes them (LoRA, hooks, another
+checkpoint) is seen without asking. Weights that the host keeps elsewhere or patches on the fly
+(lowvram) are resolved by the host's own function, per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.ops
+import torch
+from torch import nn
+
+# What ComfyUI's model patchers keep on a layer: where its weights are and how they get to the
+# device. The resolved weights carry all of that, so neither key nor skeleton must see it.
+HOST_STATE = frozenset(
+    {
+        "comfy_cast_weights",
+        "prev_comfy_cast_weights",
+        "comfy_patched_weights",
+        "comfy_force_cast_weights",
+        "weight_function",
+        "bias_function",
+        "weight_lowvram_function",
+        "bias_lowvram_function",
+        "weight_comfy_model_dtype",
+        "bias_comfy_model_dtype",
+        "seed_key",
+    }
+)
+
+
+class UnitWeights:
+    """The weights of one unit during one run, in the order of the graph's arguments."""
+
+    def __init__(self, unit: nn.Module) -> None:
+        self.names: list[str] = []
+        self._slots: list[tuple[nn.Module, dict[str, Any], str]] = []
+        seen: set[int] = set()
+        modules = list(unit.named_modules())
+        # All parameters, then all buffers, each once: nn.Module.named_parameters' own order.
+        for kind in ("_parameters", "_buffers"):
+            for prefix, module in modules:
+                tensors = getattr(module, kind)
+                for key, tensor in tensors.items():
+                    if tensor is not None and id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        self.names.append(f"{prefix}.{key}" if prefix else key)
+                        self._slots.append((module, tensors, key))
+        self._cast: dict[nn.Module, dict[str, int]] = {}
+        self._device = torch.device("cpu")
+        self._dtype = torch.float32
+        self._format = torch.contiguous_format
+
+    def current(self) -> list[torch.Tensor]:
+        """The tensors that the layers hold now, wherever they are."""
+        return [tensors[key] for _, tensors, key in self._slots]
+
+    @property
+    def resident(self) -> bool:
+        """Whether `current` can be passed to a graph without resolving anything."""
+        return not self._cast
+
+    def prepare(
+        self, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> str | None:
+        """Find out which weights have to be resolved; return why the unit cannot run compiled."""
+        self._cast.clear()
+        self._device, self._dtype, self._format = device, dtype, memory_format
+        for index, (module, tensors, key) in enumerate(self._slots):
+            if not _must_cast(module, key, tensors[key], device, dtype):
+                continue
+            if hasattr(module, "_v"):
+                return "its weights are under dynamic VRAM"
+            if not hasattr(module, "weight_function") or key not in ("weight", "bias"):
+                where = f"{type(module).__name__}.{key}"
+                return f"{where} is on {tensors[key].device}, and only comfy.ops layers offload"
+            self._cast.setdefault(module, {})[key] = index
+        return None
+
+    def resolve(self) -> tuple[list[torch.Tensor], list[tuple[nn.Module, Any, Any, Any]]]:
+        """Bring the weights to the device; give the second result back to `release`."""
+        weights = self.current()
+        held = []
+        for module, indices in self._cast.items():
+            weight, bias, handle = comfy.ops.cast_bias_weight(
+                module,
+                dtype=self._dtype,
+                device=self._device,
+                bias_dtype=self._dtype,
+                offloadable=True,
+            )
+            held.append((module, weight, bias, handle))
+            for key, index in indices.items():
+                weights[index] = in_format(weight if key == "weight" else bias, self._format)
+        return weights, held
+
+    @staticmethod
+    def release(held: Sequence[tuple[nn.Module, Any, Any, Any]]) -> None:
+        """Tell the host that the resolved weights were used."""
+        for module, weight, bias, handle in held:
+            comfy.ops.uncast_bias_weight(module, weight, bias, handle)
+
+
+class ChannelsLast:
+    """Convolution weights in channels-last strides for the length of a run.
+
+    Only strides change, never values or names. The host's own kernels round differently over
+    other strides, so that the weights go back before anyone else uses them.
+    """
+
+    def __init__(self) -> None:
+        self._changed: list[torch.Tensor] = []
+
+    def apply(self, weights: Sequence[torch.Tensor], device: torch.device) -> None:
+        for weight in weights:
+            if (
+                weight.ndim == 4
+                and type(weight) in (nn.Parameter, torch.Tensor)
+                and weight.device == device
+                and not weight.is_contiguous(memory_format=torch.channels_last)
+            ):
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+                self._changed.append(weight)
+
+    def restore(self) -> None:
+        for weight in self._changed:
+            weight.data = weight.data.contiguous()
+        self._changed.clear()
+
+
+def in_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """`tensor` in the strides that graphs are given: `memory_format` if 4-D, else contiguous."""
+    if tensor.ndim == 4:
+        return tensor.contiguous(memory_format=memory_format)
+    return tensor.contiguous()
+
+
+def checksum(weights: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Sums over the bit patterns: tells a changed weight, whoever changed it. One sync."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [w.detach().view(integer[w.element_size()]).sum(dtype=torch.int64) for w in weights]
+    return tuple(torch.stack(sums).tolist())
+
+
+def _must_cast(
+    module: nn.Module, key: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> bool:
+    if tensor.device != device or getattr(module, f"{key}_function", None):
+        return True
+    # The host casts this layer because of a setting of its own; layers whose class casts
+    # (manual_cast) do it inside the graph.
+    forced = module.__dict__.get("comfy_cast_weights", False)
+    return forced and not type(module).comfy_cast_weights and tensor.dtype != dtype

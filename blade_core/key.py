@@ -1,0 +1,149 @@
+"""Everything a graph depends on, and the only place where anything is hashed.
+
+A key counts every field by default. Left out, by name:
+- label: for reading only;
+- weights' values and the checkpoint's name: weights are inputs of a graph (a frozen graph
+  carries them, and then `frozen` counts).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+
+from .config import FORMAT_VERSION
+
+_SHORT = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float64: "f64",
+}
+
+
+def digest(value: object) -> str:
+    """16 hex digits of SHA-256 over `repr(value)`; `value` is nested tuples of primitives."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, strides (elements), dtype and device of one tensor, without its data."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        # The stride of a dimension of size 1 is never used, and differs between tensors that
+        # are equal in every way that counts.
+        stride = tuple(
+            s if n != 1 else 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        return cls(tuple(tensor.shape), stride, tensor.dtype, str(tensor.device))
+
+    def __str__(self) -> str:
+        dtype = _SHORT.get(self.dtype, str(self.dtype).removeprefix("torch."))
+        nhwc = len(self.shape) == 4 and self.stride[1] == 1 and self.shape[1] != 1
+        return f"{dtype}{list(self.shape)}{' nhwc' if nhwc else ''}".replace(" ", "", 3)
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """Names one graph.
+
+    structure: digest of what is computed (structure.py).
+    signature: specs of the inputs, and static values.
+    layout: digest of the weights' specs.
+    backend: name, version and options of the compiler.
+    environment: versions, GPU, global switches of torch and of the host.
+    frozen: token of the weights that are folded in, or None.
+    """
+
+    structure: str
+    signature: tuple[Any, ...]
+    layout: str
+    backend: str
+    environment: str
+    frozen: str | None = None
+    label: str = field(default="", compare=False)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.structure, self.signature, self.layout, self.backend, self.frozen))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        inputs = " ".join(str(s) for s in self.signature)
+        frozen = f" | frozen {self.frozen}" if self.frozen else ""
+        return f"{self.label} | {inputs} | {self.backend.split(' ')[0]}{frozen} | {self.id}"
+
+    @property
+    def id(self) -> str:
+        """16 hex digits over every field that counts, equal in every process."""
+        return digest(
+            (
+                self.structure,
+                tuple(str(s) if not isinstance(s, TensorSpec) else s for s in self.signature),
+                self.layout,
+                self.backend,
+                self.environment,
+                self.frozen,
+            )
+        )
+
+
+def environment(device: torch.device, host: tuple[str, ...] = ()) -> str:
+    """What a graph for `device` depends on besides the model; `host` adds the host's part."""
+    return " ".join((_machine(str(device)), *_switches(), *host))
+
+
+@lru_cache
+def _machine(device_name: str) -> str:
+    device = torch.device(device_name)
+    parts = [f"format={FORMAT_VERSION}", f"torch={torch.__version__}"]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        parts += [
+            f"cuda={torch.version.cuda or torch.version.hip}",
+            f"cudnn={torch.backends.cudnn.version()}",
+            f"gpu={properties.name.replace(' ', '-')}",
+            f"capability={properties.major}.{properties.minor}",
+            f"triton={_triton_version()}",
+        ]
+    else:
+        parts += [f"device={device.type}", f"isa={torch.backends.cpu.get_cpu_capability()}"]
+    return " ".join(parts)
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return str(triton.__version__)
+
+
+def _switches() -> tuple[str, ...]:
+    """Global switches that a compiler reads while it builds a graph."""
+    cuda = torch.backends.cuda
+    on = {
+        "tf32": cuda.matmul.allow_tf32,
+        "fp16-reduction": cuda.matmul.allow_fp16_reduced_precision_reduction,
+        "fp16-accumulation": getattr(cuda.matmul, "allow_fp16_accumulation", False),
+        "cudnn-tf32": torch.backends.cudnn.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "flash-sdp": cuda.flash_sdp_enabled(),
+        "efficient-sdp": cuda.mem_efficient_sdp_enabled(),
+        "math-sdp": cuda.math_sdp_enabled(),
+        "cudnn-sdp": cuda.cudnn_sdp_enabled(),
+    }
+    return tuple(name for name, value in on.items() if value)

@@ -1,0 +1,261 @@
+"""The demo: runs stock and Blade workflows on a real server and compares time and result.
+
+Run by `dev.py demo` inside the environment.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # This folder's "server" and the checkout's "nodes" must not hide ComfyUI's.
+    del sys.path[0]
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import numpy
+import requests
+from safetensors.numpy import load
+
+from devtools import WORK, DevError
+from devtools.base_directory import make_base_directory, place_file
+from devtools.client import ComfyClient, Event, PromptRejected, RunResult
+from devtools.demo_report import write_report
+from devtools.fixtures import make_fixtures
+from devtools.host import default_host_path
+from devtools.server import ComfyServer
+from devtools.workflows import load_workflow
+
+RUNS = 2
+COUNTERS = ("graphs_compiled", "cache_hits", "blocks_eager", "compile_failures")
+
+
+@dataclass
+class Subject:
+    """One checkpoint to compare on."""
+
+    architecture: str
+    checkpoint: str
+    width: int
+    height: int
+
+
+@dataclass
+class Row:
+    """What one workflow did in its runs."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    latents: list[numpy.ndarray] = field(default_factory=list)
+    difference: float | None = None
+    images: list[Path] = field(default_factory=list)
+    report: str = ""
+
+
+class Progress:
+    """Shows a run's progress in one line, and each new text of Blade in its own."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._live = sys.stdout.isatty()
+        self._open = False
+
+    def __call__(self, event: Event) -> None:
+        """Take one event of the run."""
+        if event.kind == "progress_text":
+            self.close()
+            print(f"  {self._label}: {event.data['text']}", flush=True)
+        elif event.kind == "progress" and self._live:
+            done, total = int(event.data["value"]), max(int(event.data["max"]), 1)
+            bar = "#" * (24 * done // total)
+            print(f"\r  {self._label} [{bar:<24}] {done}/{total}", end="", flush=True)
+            self._open = True
+
+    def close(self) -> None:
+        """End an unfinished line."""
+        if self._open:
+            print()
+            self._open = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _demo(options)
+    except (DevError, PromptRejected, requests.RequestException) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path)
+    for name in ("--width", "--height", "--batch", "--steps"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--backend", default="auto")
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    import torch
+
+    cuda = bool(torch.cuda.is_available())
+    bound = 3e-3 if cuda else 1e-4
+    steps = options.steps or (20 if cuda else 4)
+    host = Path(os.environ.get("BLADE_COMFY") or default_host_path())
+    folder = WORK / "demo"
+    base = make_base_directory(folder / "base")
+    subjects = _subjects(options, base, host, cuda)
+    device = torch.cuda.get_device_name() if cuda else "the CPU"
+    print(f"Starting ComfyUI on {device} (log: {WORK / 'logs' / 'demo.log'}) ...", flush=True)
+    rows: list[Row] = []
+    with ComfyServer(host, base, log=WORK / "logs" / "demo.log") as server:
+        client = ComfyClient(server.url)
+        for subject in subjects:
+            rows += _compare(client, subject, options, steps, folder)
+        stats = client.get_json("/blade/stats")
+    backend = _backends(stats) or options.backend
+    print(_table(rows))
+    print(f"\nBackend: {backend} (asked for: {options.backend}), on {device}.")
+    for row in rows:
+        if row.report:
+            print(f"\n{row.name}:\n{row.report}")
+    facts = {
+        "Backend": f"{backend} (asked for: {options.backend})",
+        "Device": device,
+        "Steps": str(steps),
+        "Batch": str(options.batch or 1),
+        "Torch": torch.__version__,
+        "Largest latent difference allowed": f"{bound:.0e} (relative RMS)",
+    }
+    report = write_report(folder / "report.html", rows, facts)
+    print(f"Images: {folder}\nReport: {report}")
+    differences = [row.difference for row in rows if row.difference is not None]
+    if not all(value <= bound for value in differences):  # also false for NaN
+        print(f"FAILED: latents differ from stock by more than {bound:.0e}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _subjects(options: argparse.Namespace, base: Path, host: Path, cuda: bool) -> list[Subject]:
+    """The checkpoints to run: the user's one, or random weights (in real size on a GPU)."""
+    sizes = {"sd15": 512, "sdxl": 1024} if cuda else {"sd15": 256, "sdxl": 256}
+    if options.checkpoint is None:
+        files = make_fixtures(base, sizes, full=cuda, host=host)
+    elif options.checkpoint.is_file():
+        target = base / "models" / "checkpoints" / options.checkpoint.name
+        place_file(options.checkpoint.resolve(), target)
+        files = {"sd15": target}
+    else:
+        raise DevError(f"--checkpoint {options.checkpoint}: there is no such file.")
+    return [
+        Subject(name, file.name, options.width or sizes[name], options.height or sizes[name])
+        for name, file in files.items()
+    ]
+
+
+def _compare(
+    client: ComfyClient, subject: Subject, options: argparse.Namespace, steps: int, folder: Path
+) -> list[Row]:
+    """Run the stock and the Blade workflow on one checkpoint."""
+    size = f"{subject.width}x{subject.height}"
+    print(f"{subject.checkpoint}, {size}, {steps} steps:", flush=True)
+    rows: list[Row] = []
+    common = {
+        "checkpoint": subject.checkpoint,
+        "width": subject.width,
+        "height": subject.height,
+        "batch": options.batch,
+    }
+    # Reads the file into the system's cache: else the first measured run alone would pay for it.
+    warm_up = load_workflow(f"{subject.architecture}-txt2img-stock", steps=1, **common)
+    _run(client, warm_up, "warm-up")
+    for kind in ("stock", "blade"):
+        # Both begin without loaded models, so that their first runs mean the same.
+        client.free()
+        time.sleep(1.0)
+        row = Row(f"{subject.architecture} {kind}")
+        rows.append(row)
+        before = _counters(client)
+        for run in range(RUNS):
+            workflow = load_workflow(
+                f"{subject.architecture}-txt2img-{kind}",
+                steps=steps,
+                # Each run has its own seed: the server would answer a repeated one from memory.
+                seed=1000 + run,
+                backend=options.backend,
+                **common,
+            )
+            result = _run(client, workflow, f"{row.name}, run {run + 1}")
+            row.seconds.append(result.seconds)
+            _keep_outputs(client, result, row, folder)
+        after = _counters(client)
+        row.counters = {key: after[key] - before[key] for key in COUNTERS}
+    stock, blade = rows
+    pairs = zip(stock.latents, blade.latents, strict=True)
+    blade.difference = max(relative_rms(a, b) for a, b in pairs)
+    return rows
+
+
+def _run(client: ComfyClient, workflow: dict[str, Any], label: str) -> RunResult:
+    progress = Progress(label)
+    result = client.run(workflow, on_event=progress)
+    progress.close()
+    if not result.ok:
+        cause = (result.error or {}).get("exception_message", "no message")
+        raise DevError(f"{label} ended with {result.status}: {cause}\nSee the server's log.")
+    print(f"  {label}: {result.seconds:.2f} s", flush=True)
+    return result
+
+
+def _keep_outputs(client: ComfyClient, result: RunResult, row: Row, folder: Path) -> None:
+    for place in result.files("latents"):
+        row.latents.append(load(client.view(**place))["latent_tensor"].astype("float64"))
+    for place in result.files("images"):
+        number = len(row.images) + 1
+        file = folder / f"{row.name.replace(' ', '-')}-{number}.png"
+        file.write_bytes(client.view(**place))
+        row.images.append(file)
+    texts = [text for out in result.outputs.values() for text in out.get("text", [])]
+    row.report = "\n".join(texts) or row.report
+
+
+def relative_rms(reference: numpy.ndarray, other: numpy.ndarray) -> float:
+    """The size of the difference relative to the reference; NaN stays NaN."""
+    return float(numpy.sqrt(numpy.mean((other - reference) ** 2) / numpy.mean(reference**2)))
+
+
+def _counters(client: ComfyClient) -> dict[str, int]:
+    counters = client.get_json("/blade/stats")["counters"]
+    return {key: int(counters[key]) for key in COUNTERS}
+
+
+def _backends(stats: dict[str, Any]) -> str:
+    """The backends the server's models used, as far as its statistics name them."""
+    models = [model for model in stats["models"] if isinstance(model, dict)]
+    return ", ".join(sorted({str(model["backend"]) for model in models if "backend" in model}))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    head = ["workflow", "run 1 (s)", "run 2 (s)", "compiled", "cache hits", "latent difference"]
+    lines = [head]
+    for row in rows:
+        difference = "-" if row.difference is None else f"{row.difference:.1e}"
+        seconds = [f"{value:.2f}" for value in row.seconds]
+        counts = [str(row.counters[key]) for key in ("graphs_compiled", "cache_hits")]
+        lines.append([row.name, *seconds, *counts, difference])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = [
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
+    ]
+    return "\n" + "\n".join(line.rstrip() for line in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""What the user sees: one file a node, and the single list of all nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .optimize_model import BladeOptimizeModel
+from .report import BladeReport
+from .routes import register_routes
+
+ALL_NODES: tuple[Any, ...] = (BladeOptimizeModel, BladeReport)
+
+# A node's id is its class name; workflows refer to it, so it never changes.
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in ALL_NODES}
+NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: node.TITLE for node in ALL_NODES}
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "register_routes"]

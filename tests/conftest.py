@@ -1,0 +1,48 @@
+"""Makes the pack importable as `blade` and the tooling as `devtools`, and marks tests by folder."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_MARKS = ("unit", "host", "server", "gpu")
+
+
+def _package(name: str, folder: Path) -> ModuleType:
+    """Register `folder` as the package `name`, without running its `__init__.py`."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    return module
+
+
+# `python -m pytest` puts the checkout on sys.path, where its `nodes` would hide ComfyUI's.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+_package("blade", ROOT)
+_devtools = _package("devtools", ROOT / "devtools")
+assert _devtools.__spec__ is not None and _devtools.__spec__.loader is not None
+_devtools.__spec__.loader.exec_module(_devtools)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by its folder; skip the GPU's where there is none."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in _MARKS:
+            item.add_marker(folder)
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and not _has_cuda():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
