@@ -37,8 +37,8 @@ def load_model(name: str, device: torch.device, seed: int = 0) -> Any:
 
 def _random(key: str, meta: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     values = torch.randn(meta.shape, generator=generator, device=generator.device)
-    if meta.ndim > 1:
-        values *= 1 / math.sqrt(meta[0].numel())
+    if meta.ndim > 1:  # the spread that torch's own layers start with
+        values *= 1 / math.sqrt(3 * meta[0].numel())
     else:
         values = 0.02 * values + (1.0 if key.endswith("weight") else 0.0)
     return values.to(meta.dtype)

@@ -85,7 +85,8 @@ def _environment(options: argparse.Namespace) -> dict[str, Any]:
 
 def _arguments(arguments: list[str]) -> list[str]:
     """The command line as anyone may repeat it: without this machine's path to ComfyUI."""
-    return ["PATH" if before == "--comfy" else a for before, a in zip(["", *arguments], arguments)]
+    before = ["", *arguments[:-1]]
+    return ["PATH" if b == "--comfy" else a for b, a in zip(before, arguments, strict=True)]
 
 
 def _commit() -> str | None:

@@ -4,6 +4,7 @@ Started by run.py; prints one JSON row as its last line.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -144,7 +145,7 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        pairs = list(zip(marks, marks[1:], strict=False))
+        pairs = list(itertools.pairwise(marks))
         if self.device.type == "cuda":
             return Run(latents, seconds, [a.elapsed_time(b) for a, b in pairs])
         return Run(latents, seconds, [(b - a) * 1e3 for a, b in pairs])

@@ -36,7 +36,7 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def keys(self) -> list[GraphKey]:
+    def all_keys(self) -> list[GraphKey]:
         """All keys, the least recently used first."""
         with self._lock:
             return list(self._graphs)

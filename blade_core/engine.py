@@ -17,8 +17,8 @@ from .graph import Graph, GraphRequest
 from .key import GraphKey
 from .log import logger, warn_once
 
-_AUTO = ("torch_blade", "inductor")
-_FALLBACK_ORDER = ("torch_blade", "inductor")
+_ORDER = ("torch_blade", "inductor")
+"""Which compiler is asked first, by `auto` and after a chosen one that cannot run."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Relative RMS by which one graph may differ from the same module run eager. Fused kernels round
@@ -44,14 +44,14 @@ class Engine:
             BackendUnavailable: none can run, or the chosen one cannot and `on_failure` is
                 `error`. The message holds each one's reason.
         """
+        candidates: tuple[str, ...]
         if config.backend == "auto":
-            candidates = _AUTO
+            candidates = _ORDER
         elif config.strict or config.backend == "eager":
             candidates = (config.backend,)
         else:
-            start = _FALLBACK_ORDER.index(config.backend)
-            candidates = _FALLBACK_ORDER[start:]
-        reasons = {}
+            candidates = _ORDER[_ORDER.index(config.backend) :]
+        reasons: dict[str, str] = {}
         for name in candidates:
             reason = BACKENDS[name].available(device)
             if reason is None:

@@ -34,15 +34,22 @@ def describe(module: nn.Module, *, ignore: Collection[str] = ()) -> tuple[Any, .
         UnknownStructure: a child holds hooks, a replaced `forward`, a tensor subclass, or an
             attribute of a type that has no description.
     """
-    classes = {type(child): _class(type(child)) for child in module.modules()}
+    classes = describe_classes(module)
     return tuple(
         (name, classes[type(child)], *_attributes(name, child, ignore), *_tensors(name, child))
         for name, child in module.named_modules()
     )
 
 
+def describe_classes(module: nn.Module) -> dict[type[nn.Module], tuple[Any, ...]]:
+    """Return each class in `module` with its name and a digest of its methods' code.
+
+    A class that another pack patched keeps its name but not its code.
+    """
+    return {kind: _class(kind) for kind in {type(child) for child in module.modules()}}
+
+
 def _class(kind: type[nn.Module]) -> tuple[Any, ...]:
-    """A class that another pack patched keeps its name but not its code, so the code counts."""
     methods = []
     for base in kind.__mro__:
         # torch's own classes are covered by torch's version in the key.
@@ -67,7 +74,7 @@ def _attributes(name: str, module: nn.Module, ignore: Collection[str]) -> list[A
 
 
 def _tensors(name: str, module: nn.Module) -> list[Any]:
-    found = []
+    found: list[Any] = []
     for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
         for key, tensor in tensors.items():
             if tensor is None:

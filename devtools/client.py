@@ -62,7 +62,7 @@ class RunResult:
         return [f for out in self.outputs.values() for f in out.get(key, [])]
 
 
-class PromptRejected(RuntimeError):  # noqa: N818  (named by its contract)
+class PromptRejected(RuntimeError):
     """The server refused a workflow; `details` is its answer, with `node_errors`."""
 
     def __init__(self, details: dict[str, Any]) -> None:

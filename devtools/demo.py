@@ -31,7 +31,13 @@ from devtools.server import ComfyServer
 from devtools.workflows import load_workflow
 
 RUNS = 2
-COUNTERS = ("graphs_compiled", "cache_hits", "blocks_eager", "compile_failures")
+# Counter of the server to its heading.
+COUNTERS = {
+    "graphs_compiled": "compiled",
+    "cache_hits": "cache hits",
+    "blocks_eager": "blocks eager",
+    "compile_failures": "failures",
+}
 
 
 @dataclass
@@ -120,21 +126,22 @@ def _demo(options: argparse.Namespace) -> int:
         for subject in subjects:
             rows += _compare(client, subject, options, steps, folder)
         stats = client.get_json("/blade/stats")
-    backend = _backends(stats) or options.backend
-    print(_table(rows))
-    print(f"\nBackend: {backend} (asked for: {options.backend}), on {device}.")
+    backend = f"{_backends(stats)} (asked for: {options.backend})"
+    table = _table_lines(rows)
+    print(_aligned(table))
+    print(f"\nBackend that ran: {backend}, on {device}.")
     for row in rows:
         if row.report:
             print(f"\n{row.name}:\n{row.report}")
     facts = {
-        "Backend": f"{backend} (asked for: {options.backend})",
+        "Backend that ran": backend,
         "Device": device,
         "Steps": str(steps),
         "Batch": str(options.batch or 1),
         "Torch": torch.__version__,
         "Largest latent difference allowed": f"{bound:.0e} (relative RMS)",
     }
-    report = write_report(folder / "report.html", rows, facts)
+    report = write_report(folder / "report.html", table, rows, facts)
     print(f"Images: {folder}\nReport: {report}")
     differences = [row.difference for row in rows if row.difference is not None]
     if not all(value <= bound for value in differences):  # also false for NaN
@@ -237,24 +244,31 @@ def _counters(client: ComfyClient) -> dict[str, int]:
 
 
 def _backends(stats: dict[str, Any]) -> str:
-    """The backends the server's models used, as far as its statistics name them."""
-    models = [model for model in stats["models"] if isinstance(model, dict)]
-    return ", ".join(sorted({str(model["backend"]) for model in models if "backend" in model}))
+    """The compilers that made the server's graphs; each cache key names its own third."""
+    keys = [str(key).split(" | ") for key in stats["cache"].get("keys", [])]
+    return ", ".join(sorted({key[2] for key in keys if len(key) > 2})) or "none (no graph is kept)"
 
 
-def _table(rows: Sequence[Row]) -> str:
-    head = ["workflow", "run 1 (s)", "run 2 (s)", "compiled", "cache hits", "latent difference"]
-    lines = [head]
+def _head() -> list[str]:
+    runs = [f"run {number + 1} (s)" for number in range(RUNS)]
+    return ["workflow", *runs, *COUNTERS.values(), "latent difference"]
+
+
+def _table_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """The table's cells, its head first."""
+    lines = [_head()]
     for row in rows:
         difference = "-" if row.difference is None else f"{row.difference:.1e}"
         seconds = [f"{value:.2f}" for value in row.seconds]
-        counts = [str(row.counters[key]) for key in ("graphs_compiled", "cache_hits")]
+        counts = [str(row.counters[key]) for key in COUNTERS]
         lines.append([row.name, *seconds, *counts, difference])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = [
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
-    ]
-    return "\n" + "\n".join(line.rstrip() for line in text)
+    return lines
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
+    return "\n" + "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 if __name__ == "__main__":

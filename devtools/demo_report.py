@@ -21,13 +21,15 @@ pre { background: #8882; padding: .8rem; overflow-x: auto }
 """
 
 
-def write_report(file: Path, rows: Sequence["Row"], facts: Mapping[str, str]) -> Path:
-    """Write the report to `file` and return it."""
+def write_report(
+    file: Path, table: Sequence[Sequence[str]], rows: Sequence["Row"], facts: Mapping[str, str]
+) -> Path:
+    """Write the report to `file` and return it; `rows` are pairs of stock and Blade."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Blade demo</title>",
         f"<style>{_STYLE}</style><h1>Blade demo</h1>",
         _facts(facts),
-        _table(rows),
+        _table(table),
     ]
     for stock, blade in zip(rows[::2], rows[1::2], strict=True):
         parts.append(f"<h2>{escape(stock.name)} against {escape(blade.name)}</h2>")
@@ -47,17 +49,12 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _table(rows: Sequence["Row"]) -> str:
-    runs = max(len(row.seconds) for row in rows)
-    head = ["workflow", *(f"run {number + 1} (s)" for number in range(runs))]
-    head += ["compiled", "cache hits", "latent difference"]
-    lines = ["<tr>" + "".join(f"<th>{text}" for text in head)]
-    for row in rows:
-        cells = [escape(row.name), *(f"{value:.2f}" for value in row.seconds)]
-        cells += [str(row.counters[key]) for key in ("graphs_compiled", "cache_hits")]
-        cells.append("" if row.difference is None else f"{row.difference:.1e}")
-        lines.append("<tr>" + "".join(f"<td>{text}" for text in cells))
-    return f"<table>{''.join(lines)}</table>"
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = lines
+    html = "<tr>" + "".join(f"<th>{escape(cell)}" for cell in head)
+    for line in body:
+        html += "<tr>" + "".join(f"<td>{escape(cell)}" for cell in line)
+    return f"<table>{html}</table>"
 
 
 def _figure(image: Path, name: str) -> str:

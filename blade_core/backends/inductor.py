@@ -18,8 +18,8 @@ from torch import nn
 
 from ..graph import Compiled, GraphFunction, GraphRequest, trace
 
-# Inference only, one graph a unit, launched one by one. docs/performance.md has what each of
-# these bought.
+# For inference, one graph a unit, launched one by one, where launches cost more than kernels;
+# measured in docs/log.md.
 _OPTIONS: dict[str, Any] = {
     # The host owns streams and memory; a whole step is captured outside, not graph by graph.
     "triton.cudagraphs": False,
@@ -27,6 +27,10 @@ _OPTIONS: dict[str, Any] = {
     "size_asserts": False,
     # Outputs keep the strides that were traced: the next unit's graph counts on them.
     "keep_output_stride": True,
+    # A GroupNorm in two kernels instead of four: each reduction fills the GPU in one go.
+    "split_reductions": False,
+    # On channels-last data a 1x1 convolution is a matrix product without any copy.
+    "conv_1x1_as_mm": True,
 }
 
 _UNKNOWN_BYTES = 4 * 2**20
@@ -59,7 +63,7 @@ class InductorBackend:
         else:
             inputs = [*request.weights, *inputs]
         with torch.no_grad():
-            call, artifact = _compile(module, inputs, patches)
+            call, artifact = _compile(module, inputs, patches, storable=not request.frozen)
         nbytes = _UNKNOWN_BYTES if artifact is None else len(artifact)
         if request.frozen:
             nbytes += sum(w.nbytes for w in request.weights)
@@ -90,11 +94,16 @@ def _only(result: Any) -> torch.Tensor:
 
 
 def _compile(
-    module: torch.fx.GraphModule, inputs: list[torch.Tensor], patches: dict[str, Any]
+    module: torch.fx.GraphModule,
+    inputs: list[torch.Tensor],
+    patches: dict[str, Any],
+    *,
+    storable: bool,
 ) -> tuple[Callable[..., Any], bytes | None]:
     standalone = getattr(torch._inductor, "standalone_compile", None)
-    if standalone is None:
-        return torch._inductor.compile(module, inputs, options=patches), None
+    if standalone is None or not storable:
+        call: Any = torch._inductor.compile(module, [*inputs], options=patches)
+        return call, None
     compiled = standalone(
         module,
         inputs,

@@ -18,11 +18,12 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import runpy
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -35,7 +36,7 @@ from ..graph import Compiled, GraphFunction, GraphRequest
 
 _PIPELINE = "DISC"
 _COMPILER = "disc_compiler_main"  # a program beside the package's own files
-_DTYPES = (torch.float32, torch.float16)  # of all others DISC builds nothing, without a word
+_DTYPES = (torch.float32, torch.float16)  # of bfloat16 DISC builds nothing, without a word
 _RESOURCES = ("out of memory", "No space left")  # in warnings: the next run may have more
 
 _compiling = threading.Lock()
@@ -64,13 +65,15 @@ class TorchBladeBackend:
         version = package.version
         return f"torch_blade {version.__version__} torch={version.torch_version} {_PIPELINE}"
 
+    # In inference mode the graph's own tensors would be refused outside of it.
+    @torch.inference_mode(False)
     def compile(self, request: GraphRequest) -> Compiled:
         package = _require()
         _check_tensors(request)
         # `optimize` copies the module, so for a moment this unit's weights exist twice on the
         # device. Those of a frozen graph are also in the artifact and in the engines: host RAM.
         module = _with_live_weights(request)
-        with _compiling, _only_on(request.device), _heard() as heard, _config(package, request):
+        with _compiling, _only_on(request.device), _Heard() as heard, _config(package, request):
             optimized = package.optimize(
                 module, allow_tracing=True, model_inputs=tuple(request.inputs)
             )
@@ -84,6 +87,7 @@ class TorchBladeBackend:
             nbytes += sum(w.nbytes for w in request.weights)
         return Compiled(call, artifact, nbytes)
 
+    @torch.inference_mode(False)
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
         _require()  # importing it registers the engines' class
         module = torch.jit.load(io.BytesIO(artifact), map_location=request.device)
@@ -207,18 +211,22 @@ def _only_on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@contextmanager
-def _heard() -> Iterator[list[str]]:
+class _Heard(logging.Handler):
     """What the package warns of: the only place where it says why it gave up."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    package_logger = logging.getLogger("torch_blade")
-    package_logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        package_logger.removeHandler(handler)
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger("torch_blade").addHandler(self)
+        return self.messages
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("torch_blade").removeHandler(self)
 
 
 def _check_result(
@@ -248,7 +256,14 @@ def _function(module: torch.jit.ScriptModule, request: GraphRequest) -> GraphFun
     def run(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         # A failing engine raises: what DISC calls its fallback is not compiled in by default.
         with torch.no_grad(), _only_on(device):
-            result: torch.Tensor = module(*inputs)
+            try:
+                result: torch.Tensor = module(*inputs)
+            except RuntimeError as error:
+                # TorchScript hides the type of every error, and its text under two tracebacks.
+                found = re.search(r"^(?:RuntimeError: )+(.+)", str(error), re.MULTILINE)
+                text = found[1] if found else str(error)
+                kind = torch.cuda.OutOfMemoryError if "out of memory" in text else RuntimeError
+                raise kind(text) from error
             return result
 
     if request.frozen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,15 +153,23 @@ class OptimizedBlock:
         self.transformers = count_transformers(block)
         self.units: list[Unit] = []
         self.why_not: str | None = None  # for the whole run
+        self._unreadable: str | None = None  # for as long as the block does not change
         self.reasons: set[str] = set()  # why calls of this run were eager
         self.compiled_calls = 0
         self._frozen_keys: list[dict[Signature, GraphKey]] = []
+        self._seen: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def begin(self, device: torch.device, dtype: torch.dtype, run: RunContext) -> None:
         """Look at the block anew: packs inject layers, hooks and patches between runs."""
         self.reasons = set()
         self.compiled_calls = 0
-        self.why_not = self._read_program() or self._prepare(device, dtype, run)
+        if self._changed():
+            self._unreadable = self._read_program()
+        self.why_not = self._unreadable or self._prepare(device, dtype, run)
+
+    def forget(self) -> None:
+        """Read the block anew in the next run: code that it may use has changed."""
+        self._seen = []
 
     def end(self, counters: Counters) -> None:
         if self.compiled_calls:
@@ -234,6 +243,24 @@ class OptimizedBlock:
         result = values["h"]
         assert isinstance(result, torch.Tensor)
         return result
+
+    def _changed(self) -> bool:
+        """Whether a module was replaced or a plain attribute changed since the last run.
+
+        Reading the program anew costs 20 times as much as this comparison. Attributes are
+        compared as the dicts they are in; weights are looked at by `_prepare`, run by run.
+        """
+        modules = list(self.block.modules())
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        same = not hooked and len(modules) == len(self._seen)
+        with suppress(RuntimeError):  # tensors as attributes have no truth value
+            if same and all(
+                m is seen and vars(m) == attributes
+                for m, (seen, attributes) in zip(modules, self._seen, strict=True)
+            ):
+                return False
+        self._seen = [] if hooked else [(m, dict(vars(m))) for m in modules]
+        return True
 
     def _read_program(self) -> str | None:
         steps = program(self.block)

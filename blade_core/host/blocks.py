@@ -40,7 +40,7 @@ def program(block: nn.Module) -> list[Step] | str:
     if type(block) is not TimestepEmbedSequential:
         return f"the block is a {type(block).__name__}"
     steps: list[Step] = []
-    for layer in block:
+    for layer in block.children():
         kind = type(layer)
         if kind is ResBlock:
             label = f"ResBlock {layer.channels}→{layer.out_channels}"

@@ -47,7 +47,7 @@ class Session:
                 "graphs": len(cache),
                 "bytes": cache.nbytes,
                 "budget_bytes": cache.budget,
-                "keys": [str(key) for key in cache.keys()],
+                "keys": [str(key) for key in cache.all_keys()],
             },
             "models": [
                 state.report()

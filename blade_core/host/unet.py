@@ -24,6 +24,7 @@ from ..engine import Engine
 from ..errors import BackendUnavailable
 from ..key import GraphKey, environment
 from ..log import logger, warn_once
+from ..structure import describe_classes
 from .block import OptimizedBlock, RunContext
 from .patches import UNPATCHED, Patched, read_patches
 from .progress import CompileProgress
@@ -57,6 +58,7 @@ class OptimizedUNet:
         self._weights: list[torch.Tensor] = []
         self._addresses: list[int] = []
         self._bound = 0
+        self._classes: dict[type[nn.Module], tuple[Any, ...]] = {}
         self._holders = self._hold(unet)
 
     def _hold(self, unet: nn.Module) -> dict[str, nn.Module]:
@@ -169,8 +171,12 @@ class OptimizedUNet:
         )
         if run.memory_format == torch.channels_last:
             self._layout.apply([w for b in _parts(unet) for w in b.parameters()], x.device)
+        classes = describe_classes(unet)
         for block in self.blocks:
+            if classes != self._classes:
+                block.forget()
             block.begin(x.device, x.dtype, run)
+        self._classes = classes
         self._weights = [w for block in self.blocks for w in block.weights()]
         self._addresses = [w.data_ptr() for w in self._weights]
         self._run = run
@@ -181,8 +187,11 @@ class OptimizedUNet:
         warn_once(f"This model runs as stock: {reason}")
 
     def _announcer(self, progress: CompileProgress) -> Callable[[GraphKey], None]:
-        total = sum(len(block.units) for block in self.blocks)
-        return lambda key: progress.compiling(key, self._bound, total)
+        def announce(key: GraphKey) -> None:
+            total = sum(len(block.units) for block in self.blocks)
+            progress.compiling(key, self._bound, total)
+
+        return announce
 
     def _count_bound(self) -> None:
         self._bound += 1

@@ -154,4 +154,5 @@ def _must_cast(
     # The host casts this layer because of a setting of its own; layers whose class casts
     # (manual_cast) do it inside the graph.
     forced = module.__dict__.get("comfy_cast_weights", False)
-    return forced and not type(module).comfy_cast_weights and tensor.dtype != dtype
+    by_class = getattr(type(module), "comfy_cast_weights", False)
+    return forced and not by_class and tensor.dtype != dtype
