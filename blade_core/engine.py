@@ -34,32 +34,29 @@ class Engine:
         # Inductor and torch_blade keep global state while they compile.
         self._compiling = threading.RLock()
 
-    def backend(self, config: OptimizeConfig, device: torch.device) -> Backend:
-        """Return the backend that `config` means on `device`.
+    def backends(self, config: OptimizeConfig, device: torch.device) -> tuple[Backend, ...]:
+        """Return the backends that `config` allows on `device`, the one to try first in front.
 
         Under `fallback` a chosen backend that cannot run is replaced by the next that can,
-        with one warning.
+        with one warning, and what it cannot compile is tried with the next.
 
         Raises:
             BackendUnavailable: none can run, or the chosen one cannot and `on_failure` is
                 `error`. The message holds each one's reason.
         """
-        candidates: tuple[str, ...]
+        names: tuple[str, ...] = (config.backend,)
         if config.backend == "auto":
-            candidates = _ORDER
-        elif config.strict or config.backend == "eager":
-            candidates = (config.backend,)
-        else:
-            candidates = _ORDER[_ORDER.index(config.backend) :]
-        reasons: dict[str, str] = {}
-        for name in candidates:
-            reason = BACKENDS[name].available(device)
-            if reason is None:
-                if reasons and config.backend != "auto":
-                    warn_once(f"{_cannot(config.backend, reasons)} Blade uses {name} instead.")
-                return BACKENDS[name]
-            reasons[name] = reason
-        raise BackendUnavailable(_cannot(config.backend, reasons))
+            names = _ORDER
+        elif config.backend in _ORDER and not config.strict:
+            names = _ORDER[_ORDER.index(config.backend) :]
+        reasons = {name: BACKENDS[name].available(device) for name in names}
+        usable = tuple(BACKENDS[name] for name in names if reasons[name] is None)
+        why_not = {name: reason for name, reason in reasons.items() if reason is not None}
+        if not usable:
+            raise BackendUnavailable(_cannot(config.backend, why_not))
+        if config.backend in why_not:
+            warn_once(f"{_cannot(config.backend, why_not)} Blade uses {usable[0].name} instead.")
+        return usable[:1] if config.strict else usable
 
     def graph(
         self,

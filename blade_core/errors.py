@@ -40,7 +40,9 @@ class CompileFailed(BladeError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error`, or what caused it, is a lack of device or host memory."""
-    return any(isinstance(e, (torch.OutOfMemoryError, MemoryError)) for e in _chain(error))
+    # torch.OutOfMemoryError by the name that torch 2.0, where torch_blade lives, has too.
+    kinds = (torch.cuda.OutOfMemoryError, MemoryError)
+    return any(isinstance(e, kinds) for e in _chain(error))
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -25,6 +25,7 @@ def _package(name: str, folder: Path) -> ModuleType:
 # `python -m pytest` puts the checkout on sys.path, where its `nodes` would hide ComfyUI's.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 _package("blade", ROOT)
+_package("blade_tests", ROOT / "tests")  # for what several test files share
 _devtools = _package("devtools", ROOT / "devtools")
 assert _devtools.__spec__ is not None and _devtools.__spec__.loader is not None
 _devtools.__spec__.loader.exec_module(_devtools)

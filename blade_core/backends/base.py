@@ -13,6 +13,8 @@ class Backend(Protocol):
     """One compiler."""
 
     name: str
+    channels_last: bool
+    """Whether its graphs are best given 4-D tensors in channels-last strides."""
 
     def available(self, device: torch.device) -> str | None:
         """Return None if the compiler can run for `device`, else the exact reason."""

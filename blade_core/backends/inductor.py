@@ -41,6 +41,7 @@ _MIN_CAPABILITY = (7, 0)  # Triton's own limit
 
 class InductorBackend:
     name = "inductor"
+    channels_last = True
 
     def available(self, device: torch.device) -> str | None:
         if device.type == "cpu":

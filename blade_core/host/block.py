@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class RunContext:
 
     engine: Engine
     config: OptimizeConfig
-    backend: Backend
+    backends: tuple[Backend, ...]
     environment: str
     memory_format: torch.memory_format
     freeze: bool
@@ -101,36 +102,65 @@ class Unit:
         inputs: Sequence[torch.Tensor],
         run: RunContext,
     ) -> Graph:
+        """Take the graph of the first backend that can compile this unit."""
+        for backend in run.backends:
+            key = self._key(backend, args, weights, inputs, run)
+            try:
+                graph = run.engine.graph(
+                    key,
+                    backend,
+                    partial(self._request, key, args, weights, inputs, run),
+                    checkpoint=run.checkpoint,
+                    announce=run.announce,
+                )
+            except CompileFailed as error:
+                if error.transient or backend is run.backends[-1]:
+                    raise
+                warn_once(f"{error} The next compiler is tried.")
+                continue
+            self._drop_frozen(signature, key, run)
+            self.graphs[signature] = graph
+            run.bound()
+            return graph
+        raise AssertionError("a run has at least one backend")
+
+    def _key(
+        self,
+        backend: Backend,
+        args: Sequence[Any],
+        weights: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        run: RunContext,
+    ) -> GraphKey:
         specs = iter([TensorSpec.of(t) for t in inputs])
-        key = GraphKey(
+        return GraphKey(
             structure=self.structure,
             signature=tuple(next(specs) if isinstance(a, torch.Tensor) else a for a in args),
             layout=digest(tuple(TensorSpec.of(w) for w in weights)),
-            backend=run.backend.fingerprint(),
+            backend=backend.fingerprint(),
             environment=run.environment,
             frozen=self._frozen if self.weights.resident else None,
             label=self.step.label,
         )
 
-        def request() -> GraphRequest:
-            statics = tuple(None if isinstance(a, torch.Tensor) else Static(a) for a in args)
-            channels_last = run.memory_format == torch.channels_last
-            module = Positional(self.step.unit, statics, channels_last=channels_last)
-            return GraphRequest(
-                key=key,
-                module=skeleton(module, drop=tuple(HOST_STATE)),
-                names=tuple(f"unit.{name}" for name in self.weights.names),
-                weights=tuple(w.detach() for w in weights),
-                inputs=tuple(inputs),
-            )
-
-        self._drop_frozen(signature, key, run)
-        graph = run.engine.graph(
-            key, run.backend, request, checkpoint=run.checkpoint, announce=run.announce
+    def _request(
+        self,
+        key: GraphKey,
+        args: Sequence[Any],
+        weights: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        run: RunContext,
+    ) -> GraphRequest:
+        statics = tuple(None if isinstance(a, torch.Tensor) else Static(a) for a in args)
+        channels_last = run.memory_format == torch.channels_last
+        module = Positional(self.step.unit, statics, channels_last=channels_last)
+        return GraphRequest(
+            key=key,
+            module=skeleton(module, drop=tuple(HOST_STATE)),
+            names=tuple(f"unit.{name}" for name in self.weights.names),
+            weights=tuple(w.detach() for w in weights),
+            inputs=tuple(inputs),
         )
-        self.graphs[signature] = graph
-        run.bound()
-        return graph
 
     def _drop_frozen(self, signature: Signature, key: GraphKey, run: RunContext) -> None:
         """A graph with other weights folded in can never be used again by this unit."""

@@ -133,7 +133,7 @@ def optimize_model(
         say(message, node_id)
         return model
     if config.strict:
-        session().engine.backend(config, model.load_device)
+        session().engine.backends(config, model.load_device)
     clone = non_dynamic_clone(model)
     _remove_blade(clone)
     # The first LoRA must find the weights as the graphs saw them (hosts before 0.30).

@@ -19,6 +19,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules import openaimodel
 from torch import nn
 
+from ..backends import Backend
 from ..config import OptimizeConfig
 from ..engine import Engine
 from ..errors import BackendUnavailable
@@ -144,7 +145,7 @@ class OptimizedUNet:
         self.end()
         self.why_not = None
         try:
-            backend = self._engine.backend(self.config, x.device)
+            backends = self._engine.backends(self.config, x.device)
         except BackendUnavailable as error:
             if self.config.strict:
                 raise
@@ -160,9 +161,9 @@ class OptimizedUNet:
         run = RunContext(
             engine=self._engine,
             config=self.config,
-            backend=backend,
+            backends=backends,
             environment=environment(x.device, _host_environment()),
-            memory_format=_memory_format(x),
+            memory_format=_memory_format(x, backends[0]),
             freeze=freeze,
             checkpoint=comfy.model_management.throw_exception_if_processing_interrupted,
             announce=self._announcer(progress),
@@ -225,10 +226,10 @@ def _parts(unet: nn.Module) -> list[nn.Module]:
     return [part for part in parts if part is not None]
 
 
-def _memory_format(x: torch.Tensor) -> torch.memory_format:
+def _memory_format(x: torch.Tensor, backend: Backend) -> torch.memory_format:
     """Channels last is what tensor cores and CPU kernels want; fp32 on a GPU gains nothing."""
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if x.device.type == "cpu" or (x.device.type == "cuda" and half):
+    if backend.channels_last and (x.device.type == "cpu" or (x.device.type == "cuda" and half)):
         return torch.channels_last
     return torch.contiguous_format
 

@@ -1,124 +1,20 @@
-"""The real ComfyUI in this process, with tiny real models of random weights."""
+"""Fixtures over the real ComfyUI in this process."""
 
-import os
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
+from blade_tests.host.tiny import SD15, SDXL, make_model
 
-from devtools.host import check_host, default_host_path
-
-HOST = check_host(Path(os.environ.get("BLADE_COMFY") or default_host_path()))
-sys.path.insert(0, str(HOST))
-# The host reads its command line while it is imported.
-_arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention"]
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-import comfy.model_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.supported_models  # noqa: E402
-
-sys.argv = _arguments
-
-from blade.blade_core.host import model as blade_model  # noqa: E402
-
-Sampler = Callable[..., torch.Tensor]
-
-SD15 = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "num_res_blocks": [1, 1],
-    "channel_mult": [1, 2],
-    "transformer_depth": [1, 1],
-    "transformer_depth_output": [1, 1, 1, 1],
-    "transformer_depth_middle": 1,
-    "context_dim": 32,
-    "num_heads": 4,
-    "use_spatial_transformer": True,
-    "use_linear_in_transformer": False,
-    "adm_in_channels": None,
-    "legacy": False,
-    "use_temporal_attention": False,
-}
-SDXL = SD15 | {
-    "num_heads": -1,
-    "num_head_channels": 8,
-    "use_linear_in_transformer": True,
-    "transformer_depth": [0, 2],
-    "transformer_depth_output": [0, 0, 2, 2],
-    "transformer_depth_middle": 2,
-    "adm_in_channels": 32 + 6 * 256,  # pooled prompt and six sizes, as SDXL.encode_adm
-    "num_classes": "sequential",
-}
-
-
-def make_model(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A ModelPatcher of a real UNet with random weights; the same seed gives the same weights."""
-    kind = comfy.supported_models.SDXL if "num_classes" in config else comfy.supported_models.SD15
-    model_config = kind({**config, "dtype": dtype})
-    model_config.set_inference_dtype(dtype, None)
-    model = model_config.get_model({})
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.diffusion_model.parameters():
-        fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 50
-        noise = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
-        parameter.data = (noise + (parameter.ndim == 1)).to(dtype)
-    device = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, device, device)
-
-
-def conditioning(tokens: int = 77, seed: int = 1, **extra: Any) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, tokens, 32, generator=generator)
-    return [[context, {"pooled_output": torch.randn(1, 32, generator=generator), **extra}]]
-
-
-def sample(
-    model: Any,
-    *,
-    size: tuple[int, int] = (16, 16),
-    batch: int = 1,
-    steps: int = 2,
-    cfg: float = 5.0,
-    seed: int = 0,
-    sampler: str = "euler",
-    positive: Any = None,
-    negative: Any = None,
-) -> torch.Tensor:
-    """One KSampler run of the host, in the mode that its prompt worker uses."""
-    latent = torch.zeros(batch, 4, *size)
-    with torch.inference_mode():
-        return comfy.sample.sample(
-            model,
-            comfy.sample.prepare_noise(latent, seed),
-            steps,
-            cfg,
-            sampler,
-            "normal",
-            positive or conditioning(seed=1),
-            negative or conditioning(seed=2),
-            latent,
-            seed=seed,
-            disable_pbar=True,
-        )
-
-
-def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = (actual.double() - expected.double()).square().mean().sqrt()
-    return float(difference / expected.double().square().mean().sqrt())
+from blade.blade_core import log
+from blade.blade_core.host import model as blade_model
 
 
 @pytest.fixture
 def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[blade_model.Session]:
     """A session of this test's own, so that counters and cache start empty."""
     fresh = blade_model.Session()
+    log.forget_said()
     monkeypatch.setattr(blade_model, "session", lambda: fresh)
     yield fresh
 

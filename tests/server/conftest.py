@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from blade_tests.server.workflow import Runner
 
 from devtools import WORK
 from devtools.base_directory import make_base_directory
-from devtools.client import ComfyClient
 from devtools.fixtures import make_fixtures
 from devtools.host import check_host, default_host_path
 from devtools.server import ComfyServer
@@ -57,6 +57,12 @@ def comfy_server(server_factory: ServerFactory) -> Iterator[ComfyServer]:
 
 
 @pytest.fixture(scope="session")
-def client(comfy_server: ComfyServer) -> ComfyClient:
-    """A client of the shared server."""
-    return ComfyClient(comfy_server.url)
+def runner(comfy_server: ComfyServer, models: dict[str, Path]) -> Runner:
+    """Runs workflows on the shared server."""
+    return Runner(comfy_server, models)
+
+
+@pytest.fixture(scope="session")
+def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables for servers that run Inductor: an empty disk cache, theirs to share."""
+    return {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
 import shutil
 import sys
 import threading
@@ -18,6 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
 from blade.blade_core.backends import torch_blade as backend_module
 from blade.blade_core.backends.torch_blade import TorchBladeBackend
 from blade.blade_core.config import OptimizeConfig
@@ -26,8 +30,6 @@ from blade.blade_core.errors import BackendUnavailable, CompileFailed, is_out_of
 from blade.blade_core.graph import GraphRequest, Positional, Static, skeleton
 from blade.blade_core.key import GraphKey, TensorSpec, digest, environment
 from blade.blade_core.structure import describe
-from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -370,7 +372,8 @@ def test_equals_eager(package: ModuleType, frozen: bool, channels_last: bool) ->
     assert_equal_to_eager(compiled.call, request)
     result = compiled.call(request.weights, request.inputs)
     assert result.is_contiguous(memory_format=torch.channels_last) == channels_last
-    assert not result.requires_grad
+    x.requires_grad_()
+    assert not compiled.call(request.weights, request.inputs).requires_grad
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["weights", "frozen"])
@@ -448,6 +451,7 @@ def test_trace_fails(package: ModuleType) -> None:
         "Choose backend inductor."
     )
     assert not error.transient
+    assert not logging.getLogger("torch_blade").handlers
 
 
 def test_trace_fails_and_scripting_works(package: ModuleType) -> None:
@@ -773,12 +777,12 @@ def test_engine_that_fails_at_once_is_refused(package: ModuleType) -> None:
 def test_auto_takes_it_where_it_can_run(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install()
     engine = Engine(budget=2**30)
-    assert engine.backend(OptimizeConfig(), CPU).name == "torch_blade"
+    assert engine.backends(OptimizeConfig(), CPU)[0].name == "torch_blade"
     forget()
     monkeypatch.setitem(sys.modules, "torch_blade", None)
     chosen = OptimizeConfig(backend="torch_blade", on_failure="error")
     with pytest.raises(BackendUnavailable) as caught:
-        engine.backend(chosen, CPU)
+        engine.backends(chosen, CPU)
     assert str(caught.value) == (
         'Blade cannot use backend "torch_blade" here. torch_blade: torch_blade is not installed.'
     )

@@ -1,0 +1,138 @@
+"""Wrong inputs, models that are no UNet, and machines that cannot compile."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from blade_tests.server.conftest import ServerFactory
+from blade_tests.server.workflow import (
+    TOLERANCE,
+    Blade,
+    Builder,
+    Run,
+    Runner,
+    Text2Image,
+    difference,
+)
+from safetensors.numpy import save_file
+
+from devtools.client import PromptRejected
+from devtools.workflows import node_id
+
+PLAIN = Text2Image(seed=5000)
+NO_TORCH_BLADE = "torch_blade: torch_blade is not installed"
+
+
+def rejected(runner: Runner, nodes: dict[str, Any]) -> dict[str, Any]:
+    """Post a workflow that the server has to refuse; return the Blade node's one error."""
+    with pytest.raises(PromptRejected) as caught:
+        runner.client.queue(nodes, "tests")
+    node = caught.value.node_errors[node_id(nodes, "BladeOptimizeModel")]
+    assert node["class_type"] == "BladeOptimizeModel"
+    (error,) = node["errors"]
+    return dict(error)
+
+
+def failed(run: Run) -> str:
+    """The message of a run that failed in the Blade node, before anything was sampled."""
+    assert run.result.status == "error"
+    error = run.result.error
+    assert error is not None
+    assert error["node_type"] == "BladeOptimizeModel"
+    assert error["exception_type"].endswith("BackendUnavailable")
+    assert not any(run.counted.values())
+    return str(error["exception_message"]).strip()
+
+
+@pytest.mark.parametrize(
+    ("blade", "name", "known"),
+    [
+        (Blade(backend="tensorrt"), "backend", ("auto", "torch_blade", "inductor", "eager")),
+        (Blade(on_failure="ignore"), "on_failure", ("fallback", "error")),
+    ],
+    ids=["backend", "on_failure"],
+)
+def test_unknown_choice_is_refused(
+    runner: Runner, blade: Blade, name: str, known: tuple[str, ...]
+) -> None:
+    error = rejected(runner, replace(PLAIN, blades=(blade,)).build(runner.models))
+    assert error["type"] == "value_not_in_list"
+    assert error["extra_info"]["input_name"] == name
+    assert all(f"'{value}'" in error["details"] for value in (getattr(blade, name), *known))
+
+
+def test_missing_model_is_refused(runner: Runner) -> None:
+    nodes = PLAIN.build(runner.models)
+    del nodes[node_id(nodes, "BladeOptimizeModel")]["inputs"]["model"]
+    error = rejected(runner, nodes)
+    assert error["type"] == "required_input_missing"
+    assert error["details"] == "model"
+
+
+def test_something_else_than_a_model_is_refused(runner: Runner) -> None:
+    nodes = PLAIN.build(runner.models)
+    clip = [node_id(nodes, "CheckpointLoaderSimple"), 1]
+    nodes[node_id(nodes, "BladeOptimizeModel")]["inputs"]["model"] = clip
+    assert rejected(runner, nodes)["type"] == "return_type_mismatch"
+
+
+def test_torch_blade_that_is_not_installed_is_an_error(runner: Runner) -> None:
+    workflow = replace(PLAIN, blades=(Blade("torch_blade", on_failure="error"),))
+    message = failed(runner.run(workflow))
+    assert message == f'Blade cannot use backend "torch_blade" here. {NO_TORCH_BLADE}.'
+    # The same workflow with another backend is fine: the server took no harm.
+    run = runner.ok(PLAIN)
+    assert difference(run.latent, runner.stock(PLAIN)) <= TOLERANCE
+
+
+# --- a model that is no UNet -----------------------------------------------------------------
+
+WIDTH, CONTEXT = 64, 768
+# The smallest SD3 kind of model that the host detects, with SD1.5's width of prompts.
+OTHER_MODEL = {
+    "x_embedder.proj": (WIDTH, 16, 2, 2),
+    "t_embedder.mlp.0": (WIDTH, 256),
+    "t_embedder.mlp.2": (WIDTH, WIDTH),
+    "y_embedder.mlp.0": (WIDTH, CONTEXT),
+    "y_embedder.mlp.2": (WIDTH, WIDTH),
+    "context_embedder": (WIDTH, CONTEXT),
+    "joint_blocks.0.context_block.attn.qkv": (3 * WIDTH, WIDTH),
+    "joint_blocks.0.context_block.adaLN_modulation.1": (2 * WIDTH, WIDTH),
+    "joint_blocks.0.x_block.attn.qkv": (3 * WIDTH, WIDTH),
+    "joint_blocks.0.x_block.attn.proj": (WIDTH, WIDTH),
+    "joint_blocks.0.x_block.mlp.fc1": (4 * WIDTH, WIDTH),
+    "joint_blocks.0.x_block.mlp.fc2": (WIDTH, 4 * WIDTH),
+    "joint_blocks.0.x_block.adaLN_modulation.1": (6 * WIDTH, WIDTH),
+    "final_layer.linear": (64, WIDTH),
+    "final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH),
+}
+
+
+@pytest.fixture(scope="module")
+def other_model(base_directory: Path) -> str:
+    """The file name of a diffusion model that Blade does not optimize."""
+    tensors = {"pos_embed": numpy.zeros((1, 64, WIDTH), numpy.float32)}
+    for name, shape in OTHER_MODEL.items():
+        generator = numpy.random.default_rng(zlib.crc32(name.encode()))
+        values = generator.standard_normal(shape) / numpy.sqrt(numpy.prod(shape[1:]))
+        tensors[f"{name}.weight"] = values.astype(numpy.float32)
+        tensors[f"{name}.bias"] = numpy.full(shape[0], 0.01, numpy.float32)
+    file = base_directory / "models" / "diffusion_models" / "blade-sd3.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    save_file(tensors, file)
+    return file.name
+
+
+@pytest.mark.parametrize("on_failure", ["fallback", "error"])
+def test_model_that_is_no_unet_passes_through(
+    runner: Runner, other_model: str, on_failure: str
+) -> None:
+    workflow = replace(PLAIN, seed=5100, report=True, blades=(Blade(on_failure=on_failure), None))
+    nodes = workflow.build(runner.models)
+    ...
