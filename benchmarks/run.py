@@ -54,7 +54,7 @@ def _row(options: argparse.Namespace, scenario: str, system: str, folder: Path) 
     command += ["--comfy", str(options.comfy), "--scenario", scenario, "--system", system]
     command += ["--reference", str(folder / f"{scenario}.pt")]
     command += ["--dry-run"] if options.dry_run else []
-    variables = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"{scenario}-{system}")}
+    variables = os.environ | {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=folder)}
     try:
         done = subprocess.run(
             command, env=variables, capture_output=True, text=True, timeout=options.timeout

@@ -50,13 +50,13 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from models import load_model
     from scenarios import DRY, SCENARIOS
-    from systems import SYSTEMS
+    from systems import find_system
 
     scenario = (DRY if options.dry_run else SCENARIOS)[options.scenario]
     device = torch.device("cpu" if options.dry_run else "cuda")
     with torch.inference_mode():
         stock = load_model(scenario.model, device)
-        model = SYSTEMS[options.system](stock)
+        model = find_system(options.system)(stock)
         run = Runner(model, scenario, device)
         first = run(scenario.steps)
         warm = run(scenario.steps)
@@ -71,7 +71,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             "peak_vram_gib": _peak_vram(device),
             "rel_rms": _difference(options, warm.latents),
         }
-        if options.system == "blade":
+        if options.system.startswith("blade"):
             from blade.blade_core.host.model import stats
 
             data = stats()

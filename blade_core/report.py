@@ -24,9 +24,10 @@ def as_text(stats: dict[str, Any]) -> str:
 
 
 def _model(model: dict[str, Any]) -> list[str]:
-    settings = f"backend {model['backend']}, on_failure {model['on_failure']}"
+    used = ", then ".join(model["compilers"]) or "not run yet"
+    settings = f"backend {model['backend']}: {used}; on_failure {model['on_failure']}"
     if model["freeze_weights"]:
-        settings += ", weights frozen"
+        settings += "; weights frozen"
     lines = [f"{model['model']} ({settings})"]
     if model["runs_as_stock"]:
         return [*lines, f"  runs as stock: {model['runs_as_stock']}"]

@@ -244,9 +244,9 @@ def _counters(client: ComfyClient) -> dict[str, int]:
 
 
 def _backends(stats: dict[str, Any]) -> str:
-    """The compilers that made the server's graphs; each cache key names its own third."""
-    keys = [str(key).split(" | ") for key in stats["cache"].get("keys", [])]
-    return ", ".join(sorted({key[2] for key in keys if len(key) > 2})) or "none (no graph is kept)"
+    """The compilers that ran, as the server tells them for each model."""
+    names = {name for model in stats["models"] for name in model["compilers"][:1]}
+    return ", ".join(sorted(names)) or "none"
 
 
 def _head() -> list[str]:

@@ -51,6 +51,7 @@ class OptimizedUNet:
         self.config = config
         self.blocks: list[OptimizedBlock] = []
         self.why_not: str | None = None
+        self.compilers: tuple[str, ...] = ()
         self._engine = engine
         self._lock = threading.RLock()
         self._layout = ChannelsLast()
@@ -158,6 +159,7 @@ class OptimizedUNet:
             self._refuse("gradients are enabled")
             return
         self._bound = 0
+        self.compilers = tuple(backend.name for backend in backends)
         run = RunContext(
             engine=self._engine,
             config=self.config,
@@ -214,6 +216,7 @@ class OptimizedUNet:
         return {
             "model": self.name,
             "backend": self.config.backend,
+            "compilers": list(self.compilers),
             "freeze_weights": self.config.freeze_weights,
             "on_failure": self.config.on_failure,
             "runs_as_stock": self.why_not,

@@ -10,6 +10,7 @@ import comfy.supported_models
 import pytest
 import torch
 from blade_tests.host.tiny import relative_rms, sample
+from comfy.ldm.flux.model import FluxParams
 from comfy.model_patcher import ModelPatcher
 
 from blade.blade_core import engine
@@ -221,26 +222,27 @@ def test_out_of_memory_while_running_is_the_hosts(
 def test_a_model_that_is_no_unet_passes_untouched(
     session: Session, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = comfy.supported_models.Flux(
-        {
-            "image_model": "flux",
-            "in_channels": 16,
-            "out_channels": 16,
-            "vec_in_dim": 16,
-            "context_in_dim": 16,
-            "hidden_size": 32,
-            "mlp_ratio": 2.0,
-            "num_heads": 2,
-            "depth": 1,
-            "depth_single_blocks": 1,
-            "axes_dim": [4, 6, 6],
-            "theta": 10000,
-            "patch_size": 2,
-            "qkv_bias": True,
-            "guidance_embed": False,
-            "dtype": torch.float32,
-        }
-    )
+    shape = {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 16,
+        "context_in_dim": 16,
+        "hidden_size": 32,
+        "mlp_ratio": 2.0,
+        "num_heads": 2,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [4, 6, 6],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": False,
+        "dtype": torch.float32,
+    }
+    if "txt_ids_dims" in FluxParams.__annotations__:  # newer hosts
+        shape["txt_ids_dims"] = []
+    config = comfy.supported_models.Flux(shape)
     config.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
     flux = ModelPatcher(comfy.model_base.Flux(config), cpu, cpu)

@@ -11,8 +11,11 @@ from devtools.host import check_host, default_host_path
 
 HOST = check_host(Path(os.environ.get("BLADE_COMFY") or default_host_path()))
 sys.path.insert(0, str(HOST))
-# The host reads its command line while it is imported.
-_arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--use-pytorch-cross-attention"]
+# Chosen by tests/gpu/conftest.py; the host reads its command line while it is imported.
+DEVICE = torch.device(os.environ.get("BLADE_TEST_DEVICE", "cpu"))
+_arguments, sys.argv = sys.argv, ["main.py"]
+if DEVICE.type == "cpu":
+    sys.argv += ["--cpu", "--use-pytorch-cross-attention"]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
@@ -66,13 +69,12 @@ def make_model(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch
         fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 50
         noise = torch.randn(parameter.shape, generator=generator) * (3 * fan_in) ** -0.5
         parameter.data = (noise + (parameter.ndim == 1)).to(dtype)
-    device = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, device, device)
+    return comfy.model_patcher.ModelPatcher(model, DEVICE, torch.device("cpu"))
 
 
-def conditioning(tokens: int = 77, seed: int = 1, **extra: Any) -> list[Any]:
+def conditioning(tokens: int = 77, seed: int = 1, width: int = 32, **extra: Any) -> list[Any]:
     generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, tokens, 32, generator=generator)
+    context = torch.randn(1, tokens, width, generator=generator)
     return [[context, {"pooled_output": torch.randn(1, 32, generator=generator), **extra}]]
 
 

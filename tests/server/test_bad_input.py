@@ -14,7 +14,6 @@ from blade_tests.server.conftest import ServerFactory
 from blade_tests.server.workflow import (
     TOLERANCE,
     Blade,
-    Builder,
     Run,
     Runner,
     Text2Image,
@@ -27,6 +26,7 @@ from devtools.workflows import node_id
 
 PLAIN = Text2Image(seed=5000)
 NO_TORCH_BLADE = "torch_blade: torch_blade is not installed"
+CXX = "no-such-compiler"
 
 
 def rejected(runner: Runner, nodes: dict[str, Any]) -> dict[str, Any]:
@@ -91,8 +91,6 @@ def test_torch_blade_that_is_not_installed_is_an_error(runner: Runner) -> None:
     assert difference(run.latent, runner.stock(PLAIN)) <= TOLERANCE
 
 
-# --- a model that is no UNet -----------------------------------------------------------------
-
 WIDTH, CONTEXT = 64, 768
 # The smallest SD3 kind of model that the host detects, with SD1.5's width of prompts.
 OTHER_MODEL = {
@@ -117,7 +115,7 @@ OTHER_MODEL = {
 @pytest.fixture(scope="module")
 def other_model(base_directory: Path) -> str:
     """The file name of a diffusion model that Blade does not optimize."""
-    tensors = {"pos_embed": numpy.zeros((1, 64, WIDTH), numpy.float32)}
+    tensors: dict[str, numpy.ndarray] = {"pos_embed": numpy.zeros((1, 64, WIDTH), numpy.float32)}
     for name, shape in OTHER_MODEL.items():
         generator = numpy.random.default_rng(zlib.crc32(name.encode()))
         values = generator.standard_normal(shape) / numpy.sqrt(numpy.prod(shape[1:]))
@@ -133,6 +131,70 @@ def other_model(base_directory: Path) -> str:
 def test_model_that_is_no_unet_passes_through(
     runner: Runner, other_model: str, on_failure: str
 ) -> None:
-    workflow = replace(PLAIN, seed=5100, report=True, blades=(Blade(on_failure=on_failure), None))
-    nodes = workflow.build(runner.models)
-    ...
+    workflow = replace(
+        PLAIN,
+        seed=5100,
+        diffusion_model=other_model,
+        blades=(Blade("auto", on_failure=on_failure),),
+        report=True,
+    )
+    run = runner.ok(workflow)
+    assert run.result.progress_texts() == [
+        "Blade optimizes SD1.5 and SDXL kinds of UNet; this model is a SD3 "
+        "(OpenAISignatureMMDITWrapper). It runs unchanged."
+    ]
+    assert "does not run through Blade Optimize Model" in run.text("BladeReport")
+    assert not any(run.counted.values())
+    assert numpy.array_equal(run.latent, runner.stock(workflow))
+
+
+NO_COMPILER = f"inductor: no working C++ compiler was found (CXX is {CXX!r}): "
+
+
+@pytest.fixture(scope="module")
+def no_compiler(server_factory: ServerFactory, models: dict[str, Path]) -> Iterator[Runner]:
+    """A server on a machine where Inductor finds no C++ compiler."""
+    with server_factory("no-compiler", variables={"CXX": CXX}) as server:
+        yield Runner(server, models)
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        ("auto", f"{NO_TORCH_BLADE}; {NO_COMPILER}"),
+        ("torch_blade", f"{NO_TORCH_BLADE}; {NO_COMPILER}"),
+        ("inductor", NO_COMPILER),
+    ],
+)
+def test_without_compiler_fallback_is_stock(no_compiler: Runner, backend: str, reason: str) -> None:
+    blade = Blade(backend, on_failure="fallback")
+    said = f'This model runs as stock: Blade cannot use backend "{backend}" here. {reason}'
+    for seed in (5200, 5201):
+        workflow = replace(PLAIN, seed=seed, steps=2, blades=(blade,), report=True)
+        run = no_compiler.ok(workflow)
+        assert numpy.array_equal(run.latent, no_compiler.stock(workflow))
+        assert not any(run.counted.values())
+        report = run.text("BladeReport")
+        assert f'runs as stock: Blade cannot use backend "{backend}" here. {reason}' in report
+        assert "not run yet" not in report
+    assert no_compiler.server.log_text().count(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [("auto", f"{NO_TORCH_BLADE}; {NO_COMPILER}"), ("inductor", NO_COMPILER)],
+)
+def test_without_compiler_error_stops_the_prompt(
+    no_compiler: Runner, backend: str, reason: str
+) -> None:
+    workflow = replace(PLAIN, seed=5300, blades=(Blade(backend, on_failure="error"),))
+    message = failed(no_compiler.run(workflow))
+    assert message.startswith(f'Blade cannot use backend "{backend}" here. {reason}')
+    assert "Install g++ or clang" in message
+
+
+def test_eager_needs_no_compiler(no_compiler: Runner) -> None:
+    workflow = replace(PLAIN, seed=5400)
+    run = no_compiler.ok(workflow)
+    assert run.counted["blocks_compiled"] > 0
+    assert difference(run.latent, no_compiler.stock(workflow)) <= TOLERANCE

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 from blade_tests.server.conftest import ServerFactory
-from blade_tests.server.workflow import TOLERANCE, Blade, Run, Runner, difference
+from blade_tests.server.workflow import TOLERANCE, Run, Runner, difference
 from PIL import Image
 
 from devtools.client import Workflow
@@ -29,6 +29,11 @@ class Pair:
     stock: Run
     blade: Run
 
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """What Blade says of the UNet, which is the newest that it knows."""
+        return list(self.blade.stats["models"][-1]["blocks"])
+
 
 @pytest.fixture(scope="module")
 def runner(
@@ -39,7 +44,14 @@ def runner(
         yield Runner(server, models)
 
 
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def pair(request: pytest.FixtureRequest, runner: Runner) -> Pair:
+    stock, blade = (runner.ok(example(runner, request.param, kind)) for kind in ("stock", "blade"))
+    return Pair(request.param, stock, blade)
+
+
 def example(runner: Runner, architecture: str, kind: str, seed: int = 3000) -> Workflow:
+    """The workflow as it ships, but for the file, the size and the number of steps."""
     return load_workflow(
         f"{architecture}-txt2img-{kind}",
         checkpoint=runner.models[architecture].name,
@@ -48,12 +60,6 @@ def example(runner: Runner, architecture: str, kind: str, seed: int = 3000) -> W
         steps=2,
         seed=seed,
     )
-
-
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def pair(request: pytest.FixtureRequest, runner: Runner) -> Pair:
-    stock, blade = (runner.ok(example(runner, request.param, kind)) for kind in ("stock", "blade"))
-    return Pair(request.param, stock, blade)
 
 
 def test_images_come_out(pair: Pair, runner: Runner) -> None:
@@ -73,10 +79,10 @@ def test_latents_equal_stock(pair: Pair) -> None:
 
 def test_every_block_is_compiled(pair: Pair) -> None:
     assert not any(pair.stock.counted.values())
-    counted, (model, *_) = pair.blade.counted, pair.blade.stats["models"][::-1]
-    assert {block["state"] for block in model["blocks"]} == {"compiled"}
-    assert not any(block["reasons"] for block in model["blocks"])
-    assert counted["blocks_compiled"] == len(model["blocks"]) > 0
+    counted, blocks = pair.blade.counted, pair.blocks
+    assert {block["state"] for block in blocks} == {"compiled"}
+    assert not any(block["reasons"] for block in blocks)
+    assert counted["blocks_compiled"] == len(blocks) > 0
     assert counted["blocks_eager"] == counted["compile_failures"] == 0
     assert counted["graphs_compiled"] == len(pair.blade.new_keys) > 0
     assert all(" | inductor | " in key for key in pair.blade.new_keys)
@@ -85,30 +91,49 @@ def test_every_block_is_compiled(pair: Pair) -> None:
 def test_report_tells_of_it(pair: Pair) -> None:
     report = pair.blade.text("BladeReport")
     total = pair.blade.stats["counters"]["graphs_compiled"]
-    blocks = int(pair.blade.counted["blocks_compiled"])
     assert report.startswith(f"graphs compiled {total} in ")
-    assert f"{blocks} blocks: {blocks} compiled" in report
-    assert "backend auto" in report
-    assert "eager:" not in report
+    assert f"{len(pair.blocks)} blocks: {len(pair.blocks)} compiled" in report
+    assert "(backend auto: inductor; on_failure fallback)" in report
+    assert "eager" not in report
 
 
 def test_progress_is_shown_while_compiling(pair: Pair) -> None:
     events = pair.blade.result.of_kind("progress_text")
     node = node_id(pair.blade.nodes, "BladeOptimizeModel")
     assert {event.data["node"] for event in events} == {node}
-    *compiling, last = pair.blade.result.progress_texts()
-    count = int(pair.blade.counted["graphs_compiled"])
-    assert len(compiling) == count
-    layers = sum(len(block["layers"]) for block in pair.blade.stats["models"][-1]["blocks"])
-    done = []
-    for text, key in zip(compiling, pair.blade.new_keys, strict=True):
-        found = re.fullmatch(r"Compiling (.+) \((\d+) of (\d+) layers, \d+ s\)", text)
-        assert found, text
-        assert int(found[3]) == layers
-        done.append(int(found[2]))
-    assert done == sorted(set(done)) and done[-1] <= layers
-    assert re.fullmatch(rf"Compiled {count} graphs in \d+ s", last)
-    # While it compiles, not all at the end.
-    assert events[-1].at - events[0].at > 0.5 * pair.blade.counted["compile_seconds"] * (
-        (count - 1) / count
+    *texts, last = pair.blade.result.progress_texts()
+    layers = sum(len(block["layers"]) for block in pair.blocks)
+    line = re.compile(rf"Compiling (.+) \((\d+) of {layers} layers, \d+ s\)")
+    matches = [line.fullmatch(text) for text in texts]
+    found = [match.groups() for match in matches if match]
+    assert len(found) == len(texts), texts
+    new_labels = [key.split(" | ")[0] for key in pair.blade.new_keys]
+    assert sorted(label for label, _ in found) == sorted(new_labels)
+    numbers = [int(number) for _, number in found]
+    assert numbers == sorted(set(numbers)) and numbers[-1] <= layers
+    assert re.fullmatch(rf"Compiled {len(new_labels)} graphs in \d+ s", last)
+    # They come while it compiles, not all of them afterwards.
+    assert events[-1].at - events[0].at > 0.5 * pair.blade.counted["compile_seconds"]
+
+
+def test_next_seed_compiles_nothing_and_says_nothing(pair: Pair, runner: Runner) -> None:
+    run = runner.ok(example(runner, pair.architecture, "blade", seed=3001))
+    assert run.counted["graphs_compiled"] == run.counted["blocks_eager"] == 0
+    assert run.result.progress_texts() == []
+    stock = runner.ok(example(runner, pair.architecture, "stock", seed=3001))
+    assert difference(run.latent, stock.latent) <= TOLERANCE
+
+
+def test_torch_blade_falls_back_to_inductor(pair: Pair, runner: Runner) -> None:
+    nodes = example(runner, pair.architecture, "blade", seed=3002)
+    nodes[node_id(nodes, "BladeOptimizeModel")]["inputs"]["backend"] = "torch_blade"
+    run = runner.ok(nodes)
+    assert run.counted["graphs_compiled"] == run.counted["blocks_eager"] == 0
+    assert run.counted["blocks_compiled"] == len(pair.blocks)
+    warning = (
+        'Blade cannot use backend "torch_blade" here. torch_blade: torch_blade is not installed. '
+        "Blade uses inductor instead."
     )
+    assert runner.server.log_text().count(warning) == 1
+    stock = runner.ok(example(runner, pair.architecture, "stock", seed=3002))
+    assert difference(run.latent, stock.latent) <= TOLERANCE

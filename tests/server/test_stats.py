@@ -10,6 +10,7 @@ import requests
 from blade_tests.server.workflow import Blade, Runner, Text2Image
 
 from blade.blade_core.counters import NAMES
+from devtools.workflows import node_id
 
 WORKFLOW = Text2Image(seed=4000, report=True)
 
@@ -31,6 +32,7 @@ def test_route_has_this_shape(runner: Runner) -> None:
         assert set(model) == {
             "model",
             "backend",
+            "compilers",
             "freeze_weights",
             "on_failure",
             "runs_as_stock",
@@ -48,37 +50,37 @@ def test_report_as_json_is_the_same_data(runner: Runner) -> None:
     report = json.loads(run.text("PreviewAny"))
     assert report["counters"] == run.stats["counters"]
     assert report["cache"] == run.stats["cache"]
-    (model,) = [m for m in report["models"] if m["backend"] == "eager" and not m["freeze_weights"]]
-    assert model in run.stats["models"]
+    assert all(model in run.stats["models"] for model in report["models"])
+    model = report["models"][-1]
+    assert (model["backend"], model["on_failure"]) == ("eager", "error")
     assert {block["state"] for block in model["blocks"]} == {"compiled"}
 
 
 def test_report_is_made_anew_for_each_prompt(runner: Runner) -> None:
     nodes = replace(WORKFLOW, seed=4200).build(runner.models)
-    first = runner.ok(nodes)
-    # Another seed in another branch: what the report is wired to is in the host's cache.
-    nodes = {
-        **nodes,
-        "a": {
-            "class_type": "EmptyImage",
-            "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 1},
-        },
-    }
+    runner.ok(nodes)
     again = runner.run(nodes)
     assert again.result.ok
-    assert again.text("BladeReport") == first.text("BladeReport")
-    (report,) = [id for id, node in nodes.items() if node["class_type"] == "BladeReport"]
-    executed = [event.data["node"] for event in again.result.of_kind("executed")]
-    assert report in executed
+    kept = {id for event in again.result.of_kind("execution_cached") for id in event.data["nodes"]}
+    assert node_id(nodes, "KSampler") in kept
+    assert node_id(nodes, "BladeReport") not in kept
 
 
 def test_report_without_blade_says_so(runner: Runner) -> None:
     """Also where Blade ran the same checkpoint a moment ago: the report is about this model."""
     runner.ok(replace(WORKFLOW, seed=4300))
-    for blade in (None, Blade(enabled=False)):
-        run = runner.ok(replace(WORKFLOW, seed=4301, blades=(blade,)))
+    for seed, blade in ((4301, None), (4302, Blade(enabled=False))):
+        run = runner.ok(replace(WORKFLOW, seed=seed, blades=(blade,)))
         assert "does not run through Blade Optimize Model" in run.text("BladeReport")
         assert json.loads(run.text("PreviewAny"))["models"] == []
+
+
+def test_report_leaves_out_other_nodes(runner: Runner) -> None:
+    """Of two Blade nodes over one checkpoint, a report shows the one that it is wired to."""
+    for seed, blade in ((4400, Blade()), (4401, Blade(on_failure="fallback"))):
+        run = runner.ok(replace(WORKFLOW, seed=seed, blades=(blade,)))
+        shown = [model["on_failure"] for model in json.loads(run.text("PreviewAny"))["models"]]
+        assert shown == [blade.on_failure]
 
 
 def test_nodes_explain_themselves(runner: Runner) -> None:
@@ -103,11 +105,7 @@ def test_nodes_explain_themselves(runner: Runner) -> None:
 
 def test_import_prints_nothing_bad(runner: Runner) -> None:
     log = runner.server.log_text().split("Starting server")[0]
-    imports = re.findall(
-        r"^ *([\d.]+) seconds( \(IMPORT FAILED\))?: .*custom_nodes.blade$", log, re.M
-    )
-    assert len(imports) == 1 and not imports[0][1]
-    assert float(imports[0][0]) < 5
+    assert re.search(r"seconds: .*custom_nodes.blade$", log, re.MULTILINE)
     assert "Traceback" not in log
-    others = [line for line in log.splitlines() if re.search("blade", line, re.I)]
-    assert [line for line in others if re.search("error|warn|fail|cannot", line, re.I)] == []
+    ours = [line for line in log.splitlines() if re.search("blade", line, re.IGNORECASE)]
+    assert [line for line in ours if re.search("error|warn|fail|cannot", line, re.I)] == []

@@ -60,9 +60,11 @@ class Text2Image:
     blades: one sampler, with its own latent, for each entry; None samples the stock model.
     lora_before, lora_after: strength of a LoraLoader before or after the Blade node; 0 adds none.
     area: width, height, x, y in pixels; an area for a second positive prompt.
+    diffusion_model: file whose model takes the place of the checkpoint's.
     """
 
     checkpoint: str = "sd15"
+    diffusion_model: str = ""
     blades: tuple[Blade | None, ...] = (Blade(),)
     lora_before: float = 0.0
     lora_after: float = 0.0
@@ -91,6 +93,8 @@ class Text2Image:
         to = Builder()
         loader = to.add("CheckpointLoaderSimple", ckpt_name=models[self.checkpoint].name)
         model, clip = loader[0], loader[1]
+        if self.diffusion_model:
+            model = to.add("UNETLoader", unet_name=self.diffusion_model, weight_dtype="default")[0]
         if self.lora_before:
             model, clip = self._lora(to, models, model, clip, self.lora_before)
         conditioning = self._conditioning(to, models, clip)

@@ -8,21 +8,23 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
+
 from blade.blade_core.graph import GraphRequest, Positional, Static, skeleton
 from blade.blade_core.key import GraphKey, TensorSpec, digest, environment
 from blade.blade_core.structure import describe
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SHAPE = (2, 4, 8, 8)
 
-# Registers the checkout as the package `blade`, as conftest.py does.
+# As conftest.py does it.
 _PRELUDE = """
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location(
-    "blade", sys.argv[1] + "/__init__.py", submodule_search_locations=[sys.argv[1]])
-sys.modules["blade"] = importlib.util.module_from_spec(spec)
+for name, folder in (("blade", sys.argv[1]), ("blade_tests", sys.argv[1] + "/tests")):
+    spec = importlib.util.spec_from_file_location(
+        name, folder + "/__init__.py", submodule_search_locations=[folder])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
 """
 
 

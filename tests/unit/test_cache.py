@@ -8,9 +8,11 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
+
 from blade.blade_core.cache import GraphCache
 from blade.blade_core.counters import Counters
 from blade.blade_core.errors import CompileFailed
@@ -70,8 +72,13 @@ class SlowBuild:
 
 
 @pytest.fixture
-def cache() -> GraphCache:
-    return GraphCache(100, Counters())
+def counters() -> Counters:
+    return Counters()
+
+
+@pytest.fixture
+def cache(counters: Counters) -> GraphCache:
+    return GraphCache(100, counters)
 
 
 @pytest.fixture
@@ -83,7 +90,7 @@ def start() -> Iterator[Callable[..., Future[Graph]]]:
 
 def put(cache: GraphCache, *names: str, nbytes: int = 10) -> None:
     for name in names:
-        cache.get(key_of(name), lambda name=name: graph_of(name, nbytes), checkpoint=nothing)
+        cache.get(key_of(name), partial(graph_of, name, nbytes), checkpoint=nothing)
 
 
 def names(cache: GraphCache) -> list[str]:
@@ -93,7 +100,7 @@ def names(cache: GraphCache) -> list[str]:
 # --- threads ------------------------------------------------------------------------------------
 
 
-def test_a_race_for_one_key_builds_once(cache: GraphCache) -> None:
+def test_a_race_for_one_key_builds_once(cache: GraphCache, counters: Counters) -> None:
     barrier = threading.Barrier(8)
     builds: list[int] = []
 
@@ -106,7 +113,7 @@ def test_a_race_for_one_key_builds_once(cache: GraphCache) -> None:
         barrier.wait(PATIENCE)
         return cache.get(key_of("a"), build, checkpoint=nothing)
 
-    with cache._counters.expect(cache_misses=1, cache_hits=7), ThreadPoolExecutor(8) as pool:
+    with counters.expect(cache_misses=1, cache_hits=7), ThreadPoolExecutor(8) as pool:
         graphs = list(pool.map(get, range(8)))
     assert len(builds) == 1
     assert all(graph is graphs[0] for graph in graphs)
@@ -173,18 +180,18 @@ def test_who_waited_for_a_failure_builds_alone(
 # --- budget -------------------------------------------------------------------------------------
 
 
-def test_the_least_recently_used_goes_first(cache: GraphCache) -> None:
+def test_the_least_recently_used_goes_first(cache: GraphCache, counters: Counters) -> None:
     put(cache, "a", "b", "c", nbytes=33)
     cache.get(key_of("a"), never, checkpoint=nothing)
     assert names(cache) == ["b", "c", "a"]
-    with cache._counters.expect(graphs_evicted=2):
+    with counters.expect(graphs_evicted=2):
         put(cache, "d", nbytes=66)
     assert names(cache) == ["a", "d"]
     assert (cache.nbytes, len(cache)) == (99, 2)
 
 
-def test_what_fits_exactly_stays(cache: GraphCache) -> None:
-    with cache._counters.expect(graphs_evicted=0):
+def test_what_fits_exactly_stays(cache: GraphCache, counters: Counters) -> None:
+    with counters.expect(graphs_evicted=0):
         put(cache, "a", "b", nbytes=50)
     assert names(cache) == ["a", "b"]
 
@@ -198,9 +205,9 @@ def test_the_newest_stays_even_if_it_is_too_large(cache: GraphCache) -> None:
     assert cache.nbytes == 10
 
 
-def test_an_evicted_graph_is_built_again(cache: GraphCache) -> None:
+def test_an_evicted_graph_is_built_again(cache: GraphCache, counters: Counters) -> None:
     put(cache, "a", "b", nbytes=60)
-    with cache._counters.expect(cache_misses=1, cache_hits=0):
+    with counters.expect(cache_misses=1, cache_hits=0):
         put(cache, "a", nbytes=60)
 
 
@@ -231,11 +238,11 @@ def fail(cache: GraphCache, error: Exception) -> None:
         cache.get(key_of("broken"), build, checkpoint=nothing)
 
 
-def test_a_permanent_failure_is_remembered(cache: GraphCache) -> None:
-    with cache._counters.expect(compile_failures=1, cache_misses=1):
+def test_a_permanent_failure_is_remembered(cache: GraphCache, counters: Counters) -> None:
+    with counters.expect(compile_failures=1, cache_misses=1):
         fail(cache, CompileFailed("the compiler gave up"))
         for _ in range(2):
-            with pytest.raises(CompileFailed, match="^the compiler gave up$") as caught:
+            with pytest.raises(CompileFailed, match=r"^the compiler gave up$") as caught:
                 cache.get(key_of("broken"), never, checkpoint=nothing)
             assert not caught.value.transient
     put(cache, "another")
@@ -245,9 +252,9 @@ def test_a_permanent_failure_is_remembered(cache: GraphCache) -> None:
     ("error", "failures"), [(CompileFailed("no memory", transient=True), 1), (Cancelled(), 0)]
 )
 def test_what_is_not_permanent_is_tried_again(
-    error: Exception, failures: int, cache: GraphCache
+    error: Exception, failures: int, cache: GraphCache, counters: Counters
 ) -> None:
-    with cache._counters.expect(compile_failures=failures, cache_misses=2):
+    with counters.expect(compile_failures=failures, cache_misses=2):
         fail(cache, error)
         put(cache, "broken")
     assert names(cache) == ["broken"]

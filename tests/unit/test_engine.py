@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from blade_tests.unit.samples import CPU, Unit, inputs_of, request_of
+
 from blade.blade_core.backends import BACKENDS
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
 from blade.blade_core.errors import BackendUnavailable, CompileFailed, is_out_of_memory
 from blade.blade_core.graph import Compiled, Graph, GraphFunction, GraphRequest
-from blade.blade_core.key import GraphKey
 from blade.blade_core.log import forget_said
-from blade.tests.unit.samples import CPU, Unit, inputs_of, request_of
 
 PATIENCE = 20.0
 Spoil = Callable[[torch.Tensor], torch.Tensor]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from blade_tests.unit.samples import CPU, Choosy, Unit, in_new_process, request_of
+
 from blade.blade_core.key import GraphKey, TensorSpec, digest, environment
 from blade.blade_core.structure import describe
-from blade.tests.unit.samples import CPU, Choosy, Unit, in_new_process, request_of
 
 SPEC = TensorSpec.of(torch.empty(2, 4, 8, 8))
 KEY = GraphKey("structure", (SPEC, 0.5, None), "layout", "inductor 2.8 a=1", "env", None, "Unit")
@@ -37,7 +38,7 @@ def test_digests_are_equal_in_every_process(
     monkeypatch.chdir(tmp_path)
     code = """
 import torch
-from blade.tests.unit.samples import Choosy, Unit, request_of
+from blade_tests.unit.samples import Choosy, Unit, request_of
 from blade.blade_core.key import digest
 from blade.blade_core.structure import describe
 request = request_of(Unit())

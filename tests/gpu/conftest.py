@@ -1,0 +1,27 @@
+"""The host on a CUDA GPU. Run on its own: `python dev.py test tests/gpu`."""
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+if torch.cuda.is_available() and "comfy" not in sys.modules:
+    os.environ["BLADE_TEST_DEVICE"] = "cuda:0"
+    from blade_tests.host.conftest import session  # noqa: F401
+    from blade_tests.host.tiny import SD15, SDXL, make_model
+
+    @pytest.fixture(params=["sd15", "sdxl"])
+    def model(request: pytest.FixtureRequest) -> Any:
+        """A UNet of real widths and fewer stages, in fp16, as the host runs it on a GPU."""
+        wide = {"model_channels": 320, "context_dim": 64}
+        config = SD15 | wide | {"num_heads": 8}
+        if request.param == "sdxl":
+            config = SDXL | wide | {"num_head_channels": 64}
+        return make_model(config, dtype=torch.float16)
+
+else:
+    reason = "no CUDA GPU" if not torch.cuda.is_available() else "the host runs on the CPU here"
+    collect_ignore_glob = ["test_*.py"]
+    sys.stderr.write(f"tests/gpu left out: {reason}\n")

@@ -1,0 +1,90 @@
+"""What only a GPU shows: fp16 on tensor cores, offloaded weights, memory that comes back."""
+
+import gc
+from typing import Any
+
+import comfy.model_management
+import pytest
+import torch
+from blade_tests.host.tiny import SD15, conditioning, make_model, relative_rms, sample
+
+from blade.blade_core.config import OptimizeConfig
+from blade.blade_core.host.model import Session, optimize_model
+
+BOUND = 3e-3
+STRICT = OptimizeConfig(on_failure="error")
+
+
+def _run(model: Any, **options: Any) -> torch.Tensor:
+    width = model.model.model_config.unet_config["context_dim"]
+    prompts = {
+        "positive": conditioning(seed=1, width=width),
+        "negative": conditioning(seed=2, width=width),
+    }
+    return sample(model, **{"size": (32, 32), "steps": 20, **prompts, **options})
+
+
+def test_a_life_on_the_gpu(session: Session, model: Any) -> None:
+    """Compile, switch, offload, come back: the same images, and no graph twice."""
+    stock = _run(model)
+    optimized = optimize_model(model, STRICT)
+    assert relative_rms(_run(optimized), stock) <= BOUND
+    assert session.engine.counters["blocks_eager"] == 0
+    graphs = session.engine.counters["graphs_compiled"]
+
+    lora = model.clone()
+    lora.add_patches(
+        {
+            key: ("diff", (torch.randn(weight.shape) * 0.1,))
+            for key, weight in model.model.state_dict().items()
+            if key.endswith(("to_q.weight", "proj_in.weight"))
+        }
+    )
+    with_lora = _run(lora)
+    assert relative_rms(with_lora, stock) > 0.01
+    assert relative_rms(_run(optimize_model(lora, STRICT)), with_lora) <= BOUND
+
+    comfy.model_management.unload_all_models()
+    assert relative_rms(_run(optimized), stock) <= BOUND
+    assert torch.equal(_run(model), stock)  # stock, bit for bit, after all that
+    assert session.engine.counters["graphs_compiled"] == graphs
+
+
+def test_offloaded_weights_use_the_same_graphs(
+    session: Session, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = _run(model)
+    optimized = optimize_model(model, STRICT)
+    _run(optimized)
+    comfy.model_management.unload_all_models()
+    half = int(0.5 * model.model_size())
+    device = comfy.model_management.get_torch_device()
+    partly = {"device_to": device, "lowvram_model_memory": half}
+    load = type(model).load
+    monkeypatch.setattr(type(model), "load", lambda self, *args, **kwargs: load(self, **partly))
+    with session.engine.counters.expect(graphs_compiled=0, blocks_eager=0):
+        assert relative_rms(_run(optimized), stock) <= BOUND
+    assert model.model.model_lowvram
+    assert any(p.device.type == "cpu" for p in model.model.diffusion_model.parameters())
+
+
+def test_memory_comes_back(session: Session) -> None:
+    def once() -> int:
+        model = optimize_model(make_model(SD15 | {"model_channels": 320}), STRICT)
+        sample(model)
+        del model
+        comfy.model_management.unload_all_models()
+        comfy.model_management.cleanup_models_gc()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+
+    first = once()
+    assert [once() for _ in range(3)] == [first] * 3
+    assert session.stats(None)["models"] == []
+
+
+def test_frozen_weights(session: Session, model: Any) -> None:
+    stock = _run(model)
+    frozen = OptimizeConfig(freeze_weights=True, on_failure="error")
+    assert relative_rms(_run(optimize_model(model, frozen)), stock) <= BOUND

@@ -1,0 +1,72 @@
+"""The dials: defaults, what is refused and how, and the byte budget of the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from blade.blade_core.backends import BACKENDS as IMPLEMENTED
+from blade.blade_core.config import BACKENDS, ON_FAILURE, OptimizeConfig, graph_cache_bytes
+from blade.blade_core.engine import Engine
+from blade.blade_core.errors import InvalidChoice
+
+
+def test_defaults() -> None:
+    config = OptimizeConfig()
+    assert dataclasses.astuple(config) == ("auto", False, "fallback")
+    assert not config.strict
+    assert OptimizeConfig(on_failure="error").strict
+
+
+def test_every_choice_is_valid() -> None:
+    configs = {OptimizeConfig(b, f, o) for b in BACKENDS for f in (True, False) for o in ON_FAILURE}
+    assert len(configs) == len(BACKENDS) * 2 * len(ON_FAILURE)  # usable as keys, all different
+
+
+def test_every_backend_can_be_chosen() -> None:
+    assert set(BACKENDS) == {"auto", *IMPLEMENTED}
+    assert all(backend.name == name for name, backend in IMPLEMENTED.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"),
+    [
+        ("backend", "tensorrt", "auto, torch_blade, inductor, eager"),
+        ("backend", "Inductor", "auto, torch_blade, inductor, eager"),
+        ("on_failure", "", "fallback, error"),
+        ("on_failure", None, "fallback, error"),
+    ],
+)
+def test_an_unknown_value_is_refused_with_the_valid_ones(name: str, value: str, valid: str) -> None:
+    with pytest.raises(InvalidChoice) as caught:
+        OptimizeConfig(**{name: value})  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        f"Blade does not know {name}={value!r}; expected one of {valid}. "
+        "Choose one of these in the node, or in the workflow that you post."
+    )
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        OptimizeConfig().backend = "eager"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("text", "mib"), [(None, 4096), ("1", 1), ("512", 512), ("0099", 99)])
+def test_cache_budget(text: str | None, mib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BLADE_GRAPH_CACHE_MIB", raising=False)
+    if text is not None:
+        monkeypatch.setenv("BLADE_GRAPH_CACHE_MIB", text)
+    assert graph_cache_bytes() == mib * 2**20
+    assert Engine().cache.budget == mib * 2**20
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "", "1.5", "4 GiB", "1e3"])
+def test_an_impossible_budget_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLADE_GRAPH_CACHE_MIB", text)
+    with pytest.raises(InvalidChoice) as caught:
+        graph_cache_bytes()
+    assert str(caught.value) == (
+        f"BLADE_GRAPH_CACHE_MIB is {text!r}; expected a whole number of MiB above 0. "
+        "Unset it, or set it for example to 4096."
+    )

@@ -1,0 +1,116 @@
+"""The report as text: is it fast, and if not, why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blade.blade_core.counters import Counters
+from blade.blade_core.report import as_text
+
+HEAD = [
+    "graphs compiled 24 in 81.3 s, cache hits 130, misses 25, failures 1",
+    "graphs in memory 24 (12.5 MiB of 4096 MiB)",
+]
+
+
+def stats(*models: dict[str, Any]) -> dict[str, Any]:
+    counters = {
+        **Counters().snapshot(),
+        "graphs_compiled": 24,
+        "cache_hits": 130,
+        "cache_misses": 25,
+        "compile_failures": 1,
+        "compile_seconds": 81.26,
+    }
+    cache = {"graphs": 24, "bytes": 25 * 2**19, "budget_bytes": 4096 * 2**20, "keys": []}
+    return {"counters": counters, "cache": cache, "models": list(models)}
+
+
+def model(*blocks: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {
+        "model": "UNetModel",
+        "backend": "auto",
+        "compilers": ["inductor"],
+        "freeze_weights": False,
+        "on_failure": "fallback",
+        "runs_as_stock": None,
+        "blocks": list(blocks),
+        **changes,
+    }
+
+
+def block(name: str, state: str, *reasons: str) -> dict[str, Any]:
+    return {"block": name, "state": state, "reasons": list(reasons), "layers": ["ResBlock 4→8"]}
+
+
+def text_of(*models: dict[str, Any]) -> list[str]:
+    lines = as_text(stats(*models)).split("\n")
+    assert lines[:2] == HEAD
+    return lines[2:]
+
+
+def test_all_compiled() -> None:
+    blocks = [block("input_blocks.0", "compiled"), block("middle_block", "compiled")]
+    assert text_of(model(*blocks)) == [
+        "",
+        "UNetModel (backend auto: inductor; on_failure fallback)",
+        "  2 blocks: 2 compiled",
+    ]
+
+
+def test_blocks_with_one_reason_share_a_line() -> None:
+    blocks = [
+        block("input_blocks.0", "compiled"),
+        block("input_blocks.1", "eager", "a patch on its attention"),
+        block("input_blocks.2", "eager", "a patch on its attention"),
+        block("middle_block", "mixed", "its graph failed: x", "there is no context"),
+        block("output_blocks.0", "idle"),
+    ]
+    assert text_of(model(*blocks)) == [
+        "",
+        "UNetModel (backend auto: inductor; on_failure fallback)",
+        "  5 blocks: 1 compiled, 2 eager, 1 mixed, 1 idle",
+        "  eager: input_blocks.1, input_blocks.2: a patch on its attention",
+        "  eager: middle_block: its graph failed: x; there is no context",
+    ]
+
+
+def test_a_model_that_runs_as_stock() -> None:
+    blocks = [block("input_blocks.0", "idle")]
+    stock = model(*blocks, runs_as_stock="gradients are enabled", backend="inductor")
+    assert text_of(stock) == [
+        "",
+        "UNetModel (backend inductor: inductor; on_failure fallback)",
+        "  runs as stock: gradients are enabled",
+    ]
+
+
+def test_frozen_weights_are_said() -> None:
+    lines = text_of(model(block("middle_block", "compiled"), freeze_weights=True))
+    assert lines[1] == "UNetModel (backend auto: inductor; on_failure fallback; weights frozen)"
+
+
+def test_compilers_are_named_in_their_order() -> None:
+    lines = text_of(model(compilers=["torch_blade", "inductor"]), model(compilers=[]))
+    assert lines[1] == "UNetModel (backend auto: torch_blade, then inductor; on_failure fallback)"
+    assert lines[4] == "UNetModel (backend auto: not run yet; on_failure fallback)"
+
+
+def test_several_models() -> None:
+    one = model(block("middle_block", "compiled"))
+    other = model(block("middle_block", "eager", "no memory"), on_failure="error")
+    assert text_of(one, other) == [
+        "",
+        "UNetModel (backend auto: inductor; on_failure fallback)",
+        "  1 blocks: 1 compiled",
+        "",
+        "UNetModel (backend auto: inductor; on_failure error)",
+        "  1 blocks: 1 eager",
+        "  eager: middle_block: no memory",
+    ]
+
+
+def test_no_model() -> None:
+    assert text_of() == [
+        "This model does not run through Blade Optimize Model, or has not run yet."
+    ]
