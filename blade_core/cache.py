@@ -11,7 +11,8 @@ from .errors import CompileFailed
 from .graph import Graph
 from .key import GraphKey
 
-_WAIT_SECONDS = 0.2
+WAIT_SECONDS = 0.2
+"""How long a thread waits for another one before it asks whether it was cancelled."""
 
 
 class GraphCache:
@@ -24,9 +25,11 @@ class GraphCache:
         self.budget = budget
         self._counters = counters
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)  # a build did
         self._graphs: OrderedDict[GraphKey, Graph] = OrderedDict()
-        self._failures: dict[GraphKey, CompileFailed] = {}
-        self._building: dict[GraphKey, threading.Lock] = {}
+        # Texts: an error itself holds on to its frames, and so to the unit's weights.
+        self._failures: dict[GraphKey, str] = {}
+        self._building: set[GraphKey] = set()
         self._bytes = 0
 
     @property
@@ -52,32 +55,31 @@ class GraphCache:
         Raises:
             CompileFailed: `build` raised it, now or (unless transient) at an earlier time.
         """
-        found = self._find(key)
-        if found is not None:
-            return found
-        with self._lock:
-            gate = self._building.setdefault(key, threading.Lock())
-        while not gate.acquire(timeout=_WAIT_SECONDS):
+        while True:
+            with self._lock:
+                found = self._find(key)
+                if found is not None:
+                    return found
+                if key not in self._building:
+                    self._building.add(key)
+                    break
+                self._ended.wait(WAIT_SECONDS)
             checkpoint()
         try:
-            found = self._find(key)
-            if found is not None:
-                return found
             self._counters.add("cache_misses")
-            try:
-                graph = build()
-            except CompileFailed as error:
-                self._counters.add("compile_failures")
-                if not error.transient:
-                    with self._lock:
-                        self._failures[key] = error
-                raise
+            graph = build()
             self._put(graph)
             return graph
+        except CompileFailed as error:
+            self._counters.add("compile_failures")
+            if not error.transient:
+                with self._lock:
+                    self._failures[key] = str(error)
+            raise
         finally:
-            gate.release()
             with self._lock:
-                self._building.pop(key, None)
+                self._building.discard(key)
+                self._ended.notify_all()
 
     def discard(self, key: GraphKey) -> None:
         """Drop one graph, if it is there."""
@@ -94,15 +96,14 @@ class GraphCache:
             self._bytes = 0
 
     def _find(self, key: GraphKey) -> Graph | None:
-        with self._lock:
-            failure = self._failures.get(key)
-            if failure is not None:
-                raise failure
-            graph = self._graphs.get(key)
-            if graph is not None:
-                self._graphs.move_to_end(key)
-                self._counters.add("cache_hits")
-            return graph
+        failure = self._failures.get(key)
+        if failure is not None:
+            raise CompileFailed(failure)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            self._counters.add("cache_hits")
+        return graph
 
     def _put(self, graph: Graph) -> None:
         with self._lock:

@@ -42,7 +42,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error`, or what caused it, is a lack of device or host memory."""
     # torch.OutOfMemoryError by the name that torch 2.0, where torch_blade lives, has too.
     kinds = (torch.cuda.OutOfMemoryError, MemoryError)
-    return any(isinstance(e, kinds) for e in _chain(error))
+    return any(
+        isinstance(e, kinds)
+        or (isinstance(e, RuntimeError) and "CUDA error: out of memory" in str(e))
+        for e in _chain(error)
+    )
 
 
 def is_disk_full(error: BaseException) -> bool:

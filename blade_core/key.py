@@ -9,7 +9,7 @@ A key counts every field by default. Left out, by name:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -51,12 +51,12 @@ class TensorSpec:
     def __str__(self) -> str:
         dtype = _SHORT.get(self.dtype, str(self.dtype).removeprefix("torch."))
         nhwc = len(self.shape) == 4 and self.stride[1] == 1 and self.shape[1] != 1
-        return f"{dtype}{list(self.shape)}{' nhwc' if nhwc else ''}".replace(" ", "", 3)
+        return f"{dtype}[{','.join(map(str, self.shape))}]{' nhwc' if nhwc else ''}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GraphKey:
-    """Names one graph.
+    """Names one graph. Keys are equal if their ids are: Python takes static 1 for 1.0 and True.
 
     structure: digest of what is computed (structure.py).
     signature: specs of the inputs, and static values.
@@ -72,27 +72,26 @@ class GraphKey:
     backend: str
     environment: str
     frozen: str | None = None
-    label: str = field(default="", compare=False)
+    label: str = ""
 
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.structure, self.signature, self.layout, self.backend, self.frozen))
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GraphKey) and self.id == other.id
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash(self.id)
 
     def __str__(self) -> str:
         inputs = " ".join(str(s) for s in self.signature)
         frozen = f" | frozen {self.frozen}" if self.frozen else ""
         return f"{self.label} | {inputs} | {self.backend.split(' ')[0]}{frozen} | {self.id}"
 
-    @property
+    @cached_property
     def id(self) -> str:
         """16 hex digits over every field that counts, equal in every process."""
         return digest(
             (
                 self.structure,
-                tuple(str(s) if not isinstance(s, TensorSpec) else s for s in self.signature),
+                self.signature,
                 self.layout,
                 self.backend,
                 self.environment,
@@ -135,15 +134,35 @@ def _triton_version() -> str:
 def _switches() -> tuple[str, ...]:
     """Global switches that a compiler reads while it builds a graph."""
     cuda = torch.backends.cuda
+    matmul_tf32, cudnn_tf32 = allow_tf32()
     on = {
-        "tf32": cuda.matmul.allow_tf32,
+        "tf32": matmul_tf32,
         "fp16-reduction": cuda.matmul.allow_fp16_reduced_precision_reduction,
         "fp16-accumulation": getattr(cuda.matmul, "allow_fp16_accumulation", False),
-        "cudnn-tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn-tf32": cudnn_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "flash-sdp": cuda.flash_sdp_enabled(),
         "efficient-sdp": cuda.mem_efficient_sdp_enabled(),
         "math-sdp": cuda.math_sdp_enabled(),
-        "cudnn-sdp": cuda.cudnn_sdp_enabled(),
+        "cudnn-sdp": getattr(cuda, "cudnn_sdp_enabled", bool)(),  # torch 2.5
     }
     return tuple(name for name, value in on.items() if value)
+
+
+def allow_tf32() -> tuple[bool, bool]:
+    """Whether matrix products and convolutions in fp32 may be TF32.
+
+    Torch 2.9 has a new switch, and reading the old one raises once someone used the new one.
+    """
+    cudnn = torch.backends.cudnn
+    return (
+        _allows_tf32(torch.backends.cuda.matmul, torch.backends.cuda.matmul),
+        _allows_tf32(cudnn, getattr(cudnn, "conv", None)),
+    )
+
+
+def _allows_tf32(old: Any, new: Any) -> bool:
+    try:
+        return bool(old.allow_tf32)
+    except RuntimeError:
+        return bool(new.fp32_precision == "tf32")

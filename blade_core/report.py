@@ -1,4 +1,4 @@
-"""The report as text: first what a user asks (is it fast, and if not, why), then the details."""
+"""The report as text that also reads well as Markdown, which ComfyUI's preview node renders."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ def as_text(stats: dict[str, Any]) -> str:
     """Return `stats` (host/model.py) as lines for reading."""
     counters, cache = stats["counters"], stats["cache"]
     lines = [
-        f"graphs compiled {counters['graphs_compiled']} in {counters['compile_seconds']:.1f} s, "
+        f"- graphs compiled {counters['graphs_compiled']} in {counters['compile_seconds']:.1f} s, "
         f"cache hits {counters['cache_hits']}, misses {counters['cache_misses']}, "
         f"failures {counters['compile_failures']}",
-        f"graphs in memory {cache['graphs']} ({cache['bytes'] / 2**20:.1f} MiB of "
+        f"- graphs in memory {cache['graphs']} ({cache['bytes'] / 2**20:.1f} MiB of "
         f"{cache['budget_bytes'] / 2**20:.0f} MiB)",
     ]
     if not stats["models"]:
-        lines.append("This model does not run through Blade Optimize Model, or has not run yet.")
+        lines.append("- This model does not run through Blade Optimize Model, or has not run yet.")
     for model in stats["models"]:
         lines += ["", *_model(model)]
     return "\n".join(lines)
 
 
 def _model(model: dict[str, Any]) -> list[str]:
-    used = ", then ".join(model["compilers"]) or "not run yet"
+    used = ", then ".join(model["compilers"]) or "none"
     settings = f"backend {model['backend']}: {used}; on_failure {model['on_failure']}"
     if model["freeze_weights"]:
         settings += "; weights frozen"
-    lines = [f"{model['model']} ({settings})"]
+    lines = [f"{model['model']} ({settings})", ""]
     if model["runs_as_stock"]:
-        return [*lines, f"  runs as stock: {model['runs_as_stock']}"]
+        return [*lines, f"- runs as stock: {model['runs_as_stock']}"]
     states = [block["state"] for block in model["blocks"]]
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    lines.append(f"  {len(states)} blocks: {counts}")
+    lines.append(f"- {len(states)} blocks: {counts}")
     not_compiled = [b for b in model["blocks"] if b["reasons"]]
     for reasons, blocks in groupby(not_compiled, key=lambda block: block["reasons"]):
         names = ", ".join(block["block"] for block in blocks)
-        lines.append(f"  eager: {names}: {'; '.join(reasons)}")
+        lines.append(f"- eager: {names}: {'; '.join(reasons)}")
     return lines

@@ -22,6 +22,13 @@ from .key import digest
 # nn.Module's own bookkeeping: parameters, buffers and children are described by themselves,
 # hooks are refused below, the rest is for saving, loading and training.
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
+_CLASS_INTERNALS = frozenset(vars(type("_", (), {}))) | {
+    "__annotations__",
+    "__annotate_func__",
+    "__annotations_cache__",
+    "__firstlineno__",
+    "__static_attributes__",
+}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -35,29 +42,59 @@ def describe(module: nn.Module, *, ignore: Collection[str] = ()) -> tuple[Any, .
             attribute of a type that has no description.
     """
     classes = describe_classes(module)
+    for *_, problem in classes.values():
+        if problem is not None:
+            raise UnknownStructure(problem)
+    # What is held twice gets one number: names alone do not tell which two are one.
+    numbers: dict[int, int] = {}
     return tuple(
-        (name, classes[type(child)], *_attributes(name, child, ignore), *_tensors(name, child))
-        for name, child in module.named_modules()
+        (
+            name,
+            numbers.setdefault(id(child), len(numbers)),
+            classes[type(child)],
+            *_attributes(name, child, ignore),
+            *_tensors(name, child, numbers),
+        )
+        for name, child in module.named_modules(remove_duplicate=False)
     )
 
 
 def describe_classes(module: nn.Module) -> dict[type[nn.Module], tuple[Any, ...]]:
-    """Return each class in `module` with its name and a digest of its methods' code.
+    """Return each class in `module` with its name, a digest of its members, and a problem.
 
-    A class that another pack patched keeps its name but not its code.
+    A class that another pack patched keeps its name but not its code. The problem is a text if
+    a member cannot be described, else None.
     """
     return {kind: _class(kind) for kind in {type(child) for child in module.modules()}}
 
 
 def _class(kind: type[nn.Module]) -> tuple[Any, ...]:
-    methods = []
+    members: list[Any] = []
+    problem = None
     for base in kind.__mro__:
-        # torch's own classes are covered by torch's version in the key.
-        if not base.__module__.startswith(("torch.", "builtins")):
-            for name, value in sorted(vars(base).items()):
-                if isinstance(value, types.FunctionType):
-                    methods.append((name, _code(value)))
-    return (kind.__module__, kind.__qualname__, digest(tuple(methods)))
+        # torch's own code is covered by torch's version in the key, unless someone replaced it.
+        known = base.__module__.startswith(("torch.", "builtins"))
+        for name, value in sorted(vars(base).items()):
+            if name in _CLASS_INTERNALS or (known and not _is_foreign(value)):
+                continue
+            try:
+                members.append((name, _member(value, f"{kind.__qualname__}.{name}")))
+            except UnknownStructure as error:
+                problem = str(error)
+    return (kind.__module__, kind.__qualname__, digest(tuple(members)), problem)
+
+
+def _is_foreign(value: object) -> bool:
+    """Whether a member of a class of torch was put there by somebody else."""
+    return isinstance(value, types.FunctionType) and not value.__module__.startswith("torch.")
+
+
+def _member(value: object, where: str) -> object:
+    if isinstance(value, (staticmethod, classmethod)):
+        return (type(value).__name__, _member(value.__func__, where))
+    if isinstance(value, property):
+        return ("property", *(_value(f, where) for f in (value.fget, value.fset)))
+    return _value(value, where)
 
 
 def _attributes(name: str, module: nn.Module, ignore: Collection[str]) -> list[Any]:
@@ -73,7 +110,7 @@ def _attributes(name: str, module: nn.Module, ignore: Collection[str]) -> list[A
     return found
 
 
-def _tensors(name: str, module: nn.Module) -> list[Any]:
+def _tensors(name: str, module: nn.Module, numbers: dict[int, int]) -> list[Any]:
     found: list[Any] = []
     for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
         for key, tensor in tensors.items():
@@ -84,7 +121,8 @@ def _tensors(name: str, module: nn.Module) -> list[Any]:
                     f"{_at(name, module)}.{key} is a {type(tensor).__name__}, not a plain tensor"
                 )
             else:
-                found.append((kind, key, tuple(tensor.shape), str(tensor.dtype)))
+                number = numbers.setdefault(id(tensor), len(numbers))
+                found.append((kind, key, number, tuple(tensor.shape), str(tensor.dtype)))
     return found
 
 
@@ -104,10 +142,10 @@ def _value(value: object, where: str) -> object:
     if isinstance(value, type):
         return ("class", value.__module__, value.__qualname__)
     if isinstance(value, types.FunctionType):
-        if value.__closure__:
-            raise UnknownStructure(f"{where} is a function that closes over other objects")
-        return ("function", value.__module__, value.__qualname__, _code(value))
-    if isinstance(value, types.BuiltinFunctionType):
+        return ("function", value.__module__, value.__qualname__, *_function(value, where))
+    if isinstance(value, types.BuiltinFunctionType) and (
+        value.__self__ is None or isinstance(value.__self__, (type, types.ModuleType))
+    ):
         return ("builtin", str(value.__module__), value.__qualname__)
     if isinstance(value, functools.partial):
         arguments = (_value(value.args, where), _value(value.keywords, where))
@@ -115,9 +153,17 @@ def _value(value: object, where: str) -> object:
     raise UnknownStructure(f"{where} is a {type(value).__name__}, which Blade cannot describe")
 
 
+def _function(function: types.FunctionType, where: str) -> tuple[Any, ...]:
+    """Code and defaults. A closure is refused, except for the class that `super()` needs."""
+    if any(name != "__class__" for name in function.__code__.co_freevars):
+        raise UnknownStructure(f"{where} is a function that closes over other objects")
+    defaults = (function.__defaults__, function.__kwdefaults__)
+    return (_code(function.__code__), *(_value(d, where) for d in defaults))
+
+
 @functools.lru_cache(maxsize=4096)
-def _code(function: types.FunctionType) -> str:
-    return digest(_code_object(function.__code__))
+def _code(code: types.CodeType) -> str:
+    return digest(_code_object(code))
 
 
 def _code_object(code: types.CodeType) -> object:

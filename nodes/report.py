@@ -23,7 +23,8 @@ class BladeReport:
     CATEGORY = "Blade"
     DESCRIPTION = (
         "Shows what Blade did: each block compiled or not and why, graphs, cache hits and misses, "
-        "seconds spent compiling. The same data is served at GET /blade/stats."
+        "seconds spent compiling. Wire text to a preview node (Preview Any) to read it; the same "
+        "data is served at GET /blade/stats."
     )
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("text", "json")

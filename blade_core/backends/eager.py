@@ -29,7 +29,10 @@ class EagerBackend:
         stream = io.BytesIO()
         torch.save(module, stream)
         artifact = stream.getvalue()
-        return Compiled(_function(module, request), artifact, len(artifact))
+        nbytes = len(artifact)
+        if request.frozen:
+            nbytes += sum(w.nbytes for w in request.weights)
+        return Compiled(_function(module, request), artifact, nbytes)
 
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
         module = torch.load(io.BytesIO(artifact), weights_only=False)
@@ -39,7 +42,7 @@ class EagerBackend:
 def _function(module: torch.fx.GraphModule, request: GraphRequest) -> GraphFunction:
     forward = module.forward
     if request.frozen:
-        frozen = request.weights
+        frozen = [w.clone() for w in request.weights]  # the live ones may be edited
         return lambda _, inputs: forward(*frozen, *inputs)
 
     def call(weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:

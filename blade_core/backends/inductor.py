@@ -132,7 +132,8 @@ def _fold_weights(
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     for index, (node, weight) in enumerate(zip(placeholders, weights, strict=False)):
         name = f"weight_{index}"
-        module.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
+        # A copy: freezing keeps some weights as they are, and the live ones may be edited.
+        module.register_parameter(name, nn.Parameter(weight.detach().clone(), requires_grad=False))
         with module.graph.inserting_before(node):
             attribute = module.graph.get_attr(name)
         attribute.meta = dict(node.meta)
@@ -144,7 +145,7 @@ def _fold_weights(
 
 @lru_cache
 def _no_cpp_compiler(cxx: str | None) -> str | None:
-    """`cxx` is the environment's choice, an argument so that another choice is asked anew."""
+    """`cxx` is the environment's choice, for the message."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

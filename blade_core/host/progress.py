@@ -28,8 +28,8 @@ class CompileProgress:
         self._graphs += 1
         self._bar.update_absolute(done, total)
         seconds = time.perf_counter() - self._start
-        text = f"Compiling {key.label} ({done + 1} of {total} layers, {seconds:.0f} s)"
-        say(text, self._node_id)
+        # Short enough for one line of a node at its default width.
+        say(f"{done + 1}/{total} {key.label}, {seconds:.0f} s", self._node_id)
 
     def finish(self) -> None:
         """Say what was compiled, and take the bar off the node."""
@@ -37,7 +37,7 @@ class CompileProgress:
             return
         self._bar = None
         seconds = time.perf_counter() - self._start
-        say(f"Compiled {self._graphs} graphs in {seconds:.0f} s", self._node_id)
+        say(f"{self._graphs} graphs compiled, first step {seconds:.0f} s", self._node_id)
         if self._node_id is not None:
             get_progress_state().finish_progress(self._node_id)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def test_interrupt_while_compiling(
 ) -> None:
     with server_factory("cancel", variables=inductor_cache) as server:
         runner = Runner(server, models)
-        workflow = Text2Image(seed=2000, blades=(Blade("inductor"),))
+        workflow = Text2Image(seed=2000, width=128, blades=(Blade("inductor"),))
         expected = runner.stock(workflow)
         asked: list[float] = []
 
@@ -49,11 +48,7 @@ def test_free_between_runs_keeps_graphs_and_no_models(runner: Runner) -> None:
     workflow = Text2Image(seed=2100)
     runner.ok(workflow)
     assert runner.stats()["models"]
-    runner.client.free()
-    deadline = time.monotonic() + SECONDS
-    while runner.stats()["models"] and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not runner.stats()["models"], "something holds on to a UNet that the host let go"
+    runner.free()
 
     again = replace(workflow, seed=2101)
     run = runner.ok(again)

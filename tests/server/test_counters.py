@@ -41,7 +41,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "batch of 4": ({"batch": 4}, 1),
     "cfg 1": ({"cfg": 1.0}, 1),
     # The area is sampled by itself, in its own size.
-    "area": ({"width": 128, "area": (40, 64, 0, 0)}, 2),
+    "area": ({"width": 128, "height": 72, "area": (64, 72, 0, 0)}, 2),
 }
 LENGTHS = {"154 tokens": (LONG, 154), "231 tokens": (LONGER, 231)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -275,6 +276,14 @@ class Runner:
         run = self.ok(workflow.stock)
         assert not any(run.counted.values()), f"a stock run moved Blade's counters: {run.counted}"
         return run.latent
+
+    def free(self) -> None:
+        """Have the server forget all models, and wait until Blade has none left either."""
+        self.client.free()
+        deadline = time.monotonic() + 30
+        while self.stats()["models"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not self.stats()["models"], "something holds on to a UNet that the host let go"
 
     def _latents(self, result: RunResult) -> list[numpy.ndarray]:
         outputs = sorted(result.outputs.items(), key=lambda item: int(item[0]))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -226,6 +227,30 @@ def test_inductor_counts_its_version_and_options(monkeypatch: pytest.MonkeyPatch
         with monkeypatch.context() as changed:
             changed.setitem(inductor._OPTIONS, option, not value)
             assert BACKENDS["inductor"].fingerprint() != fingerprint
+
+
+@pytest.mark.parametrize("torch_before_2_8", [True, False])
+def test_inductor_s_graph_is_used_even_if_it_cannot_be_stored(
+    torch_before_2_8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise RuntimeError("not serializable")
+
+    def compile_unstorable(*args: Any, **options: Any) -> Any:
+        result = standalone_compile(*args, **options)
+        monkeypatch.setattr(result, "save", refuse)
+        return result
+
+    standalone_compile = torch._inductor.standalone_compile
+    if torch_before_2_8:
+        monkeypatch.delattr(torch._inductor, "standalone_compile")
+    else:
+        monkeypatch.setattr(torch._inductor, "standalone_compile", compile_unstorable)
+    request = request_of()
+    graph = BACKENDS["inductor"].compile(request)
+    assert graph.artifact is None and graph.nbytes > 0
+    weights = tuple(w * 2 for w in request.weights)
+    assert_equal(graph.call(weights, request.inputs), request, weights)
 
 
 def test_inductor_names_the_compiler_that_is_missing() -> None:

@@ -173,11 +173,13 @@ def test_tracing_computes_nothing_and_python_runs_once() -> None:
     assert len(CALLS) == 1
 
 
-def test_strides_of_the_inputs_are_traced() -> None:
-    x, emb = inputs_of()
-    request = request_of(inputs=(x.contiguous(), emb), channels_last=False)
-    node = list(trace(request).graph.nodes)[len(request.weights)]
-    assert node.meta["val"].stride() == x.contiguous().stride() != x.stride()
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_strides_of_weights_and_inputs_are_traced(memory_format: torch.memory_format) -> None:
+    unit, (x, emb) = Unit().to(memory_format=memory_format), inputs_of()
+    request = request_of(unit, (x.contiguous(memory_format=memory_format), emb))
+    places = [n for n in trace(request).graph.nodes if n.op == "placeholder"]
+    strides = [t.stride() for t in (*request.weights, *request.inputs)]
+    assert [node.meta["val"].stride() for node in places] == strides
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -8,8 +8,8 @@ from blade.blade_core.counters import Counters
 from blade.blade_core.report import as_text
 
 HEAD = [
-    "graphs compiled 24 in 81.3 s, cache hits 130, misses 25, failures 1",
-    "graphs in memory 24 (12.5 MiB of 4096 MiB)",
+    "- graphs compiled 24 in 81.3 s, cache hits 130, misses 25, failures 1",
+    "- graphs in memory 24 (12.5 MiB of 4096 MiB)",
 ]
 
 
@@ -54,7 +54,8 @@ def test_all_compiled() -> None:
     assert text_of(model(*blocks)) == [
         "",
         "UNetModel (backend auto: inductor; on_failure fallback)",
-        "  2 blocks: 2 compiled",
+        "",
+        "- 2 blocks: 2 compiled",
     ]
 
 
@@ -69,9 +70,10 @@ def test_blocks_with_one_reason_share_a_line() -> None:
     assert text_of(model(*blocks)) == [
         "",
         "UNetModel (backend auto: inductor; on_failure fallback)",
-        "  5 blocks: 1 compiled, 2 eager, 1 mixed, 1 idle",
-        "  eager: input_blocks.1, input_blocks.2: a patch on its attention",
-        "  eager: middle_block: its graph failed: x; there is no context",
+        "",
+        "- 5 blocks: 1 compiled, 2 eager, 1 mixed, 1 idle",
+        "- eager: input_blocks.1, input_blocks.2: a patch on its attention",
+        "- eager: middle_block: its graph failed: x; there is no context",
     ]
 
 
@@ -81,7 +83,8 @@ def test_a_model_that_runs_as_stock() -> None:
     assert text_of(stock) == [
         "",
         "UNetModel (backend inductor: inductor; on_failure fallback)",
-        "  runs as stock: gradients are enabled",
+        "",
+        "- runs as stock: gradients are enabled",
     ]
 
 
@@ -93,7 +96,7 @@ def test_frozen_weights_are_said() -> None:
 def test_compilers_are_named_in_their_order() -> None:
     lines = text_of(model(compilers=["torch_blade", "inductor"]), model(compilers=[]))
     assert lines[1] == "UNetModel (backend auto: torch_blade, then inductor; on_failure fallback)"
-    assert lines[4] == "UNetModel (backend auto: not run yet; on_failure fallback)"
+    assert lines[5] == "UNetModel (backend auto: none; on_failure fallback)"
 
 
 def test_several_models() -> None:
@@ -102,15 +105,17 @@ def test_several_models() -> None:
     assert text_of(one, other) == [
         "",
         "UNetModel (backend auto: inductor; on_failure fallback)",
-        "  1 blocks: 1 compiled",
+        "",
+        "- 1 blocks: 1 compiled",
         "",
         "UNetModel (backend auto: inductor; on_failure error)",
-        "  1 blocks: 1 eager",
-        "  eager: middle_block: no memory",
+        "",
+        "- 1 blocks: 1 eager",
+        "- eager: middle_block: no memory",
     ]
 
 
 def test_no_model() -> None:
     assert text_of() == [
-        "This model does not run through Blade Optimize Model, or has not run yet."
+        "- This model does not run through Blade Optimize Model, or has not run yet."
     ]

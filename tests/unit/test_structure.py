@@ -111,6 +111,7 @@ CHANGES: dict[str, Change] = {
     "no parameter": lambda m: setattr(m.conv, "bias", None),
     "dtype of a buffer": lambda m: setattr(m, "shift", torch.zeros(4).half()),
     "buffer to parameter": lambda m: setattr(m, "shift", nn.Parameter(torch.zeros(4))),
+    "place of a buffer": lambda m: m.register_buffer("more", None),
     "class of a child": lambda m: setattr(m, "norm", OtherNorm()),
     "new child": lambda m: m.add_module("more", nn.Identity()),
     "order of children": lambda m: m.add_module("conv", m._modules.pop("conv")),
@@ -136,12 +137,13 @@ def test_ignored_attributes_do_not_count() -> None:
         describe(layer, ignore={"seed_key"})
 
 
-def test_constants_of_a_function_count() -> None:
-    one, other, same = Layer(), Layer(), Layer()
+def test_code_and_constants_of_a_function_count() -> None:
+    one, constant, operation, same = (Layer() for _ in range(4))
     one.act = lambda x: x * 2
-    other.act = lambda x: x * 3
+    constant.act = lambda x: x * 3
+    operation.act = lambda x: x + 2
     same.act = lambda x: x * 2
-    assert structure(one) != structure(other)
+    assert structure(constant) != structure(one) != structure(operation)
     assert structure(one) == structure(same)
 
 
