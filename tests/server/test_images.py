@@ -105,7 +105,7 @@ def test_progress_is_shown_while_compiling(pair: Pair) -> None:
     layers = sum(len(block["layers"]) for block in pair.blocks)
     line = re.compile(rf"(\d+)/{layers} (.+), \d+ s")
     matches = [line.fullmatch(text) for text in texts]
-    found = [match.groups()[::-1] for match in matches if match]
+    found = [match.groups() for match in matches if match]
     assert len(found) == len(texts), texts
     new_labels = [key.split(" | ")[0] for key in pair.blade.new_keys]
     assert sorted(label for _, label in found) == sorted(new_labels)
