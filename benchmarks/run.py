@@ -84,9 +84,10 @@ def _environment(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _arguments(arguments: list[str]) -> list[str]:
-    """The command line as anyone may repeat it: without this machine's path to ComfyUI."""
+    """The command line as anyone may repeat it: without this machine's paths."""
     before = ["", *arguments[:-1]]
-    return ["PATH" if b == "--comfy" else a for b, a in zip(before, arguments, strict=True)]
+    paths = ("--comfy", "--out")
+    return ["PATH" if b in paths else a for b, a in zip(before, arguments, strict=True)]
 
 
 def _commit() -> str | None:

@@ -28,14 +28,13 @@ def main() -> None:
     print(json.dumps(row))
 
 
-def _import_host(comfy: Path, *, cpu: bool) -> None:
+def _import_host(host: Path, *, cpu: bool) -> None:
     """Import the host as its own main.py would, and the pack as `blade`."""
-    sys.path[0] = str(comfy)
+    sys.path[0] = str(host)
     sys.argv = ["main.py", *(["--cpu", "--use-pytorch-cross-attention"] if cpu else [])]
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    sys.path.append(str(ROOT / "benchmarks"))
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("_pack", ROOT / "devtools" / "pack.py")
@@ -44,13 +43,15 @@ def _import_host(comfy: Path, *, cpu: bool) -> None:
     spec.loader.exec_module(pack)
     pack.register_package("blade", ROOT)
     pack.register_package("devtools", ROOT / "devtools")
+    pack.register_package("benchmarks", ROOT / "benchmarks")
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
-    from models import load_model
-    from scenarios import DRY, SCENARIOS
-    from systems import find_system
+
+    from benchmarks.models import load_model
+    from benchmarks.scenarios import DRY, SCENARIOS
+    from benchmarks.systems import find_system
 
     scenario = (DRY if options.dry_run else SCENARIOS)[options.scenario]
     device = torch.device("cpu" if options.dry_run else "cuda")

@@ -17,7 +17,7 @@ def as_text(stats: dict[str, Any]) -> str:
         f"{cache['budget_bytes'] / 2**20:.0f} MiB)",
     ]
     if not stats["models"]:
-        lines.append("- This model does not run through Blade Optimize Model, or has not run yet.")
+        lines.append("- This model does not run through Blade Optimize Model.")
     for model in stats["models"]:
         lines += ["", *_model(model)]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ..blade_core.errors import BladeError
 from ..blade_core.host.model import stats
 
 
@@ -18,4 +19,7 @@ def register_routes() -> None:
 
     @instance.routes.get("/blade/stats")
     async def blade_stats(_: Any) -> Any:
-        return web.json_response(stats())
+        try:
+            return web.json_response(stats())
+        except BladeError as error:
+            return web.json_response({"error": str(error)}, status=500)

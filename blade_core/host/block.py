@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed
@@ -42,6 +42,14 @@ class RunContext:
     announce: Callable[[GraphKey], None]
     bound: Callable[[], None]
     weights_changed: Callable[[], None]
+
+
+class Call(NamedTuple):
+    """One call of a unit: its arguments, and the tensors among them in the graph's strides."""
+
+    args: Sequence[Any]
+    inputs: Sequence[torch.Tensor]
+    weights: Sequence[torch.Tensor]
 
 
 class Unit:
@@ -84,32 +92,25 @@ class Unit:
         graph = self.graphs.get(key)
         if self.weights.resident:
             if graph is None:
-                graph = self._bind(key, args, self._resident, inputs, run)
+                graph = self._bind(key, Call(args, inputs, self._resident), run)
             return graph.call(self._resident, inputs)
         weights, held = self.weights.resolve()
         try:
             if graph is None:
-                graph = self._bind(key, args, weights, inputs, run)
+                graph = self._bind(key, Call(args, inputs, weights), run)
             return graph.call(weights, inputs)
         finally:
             self.weights.release(held)
 
-    def _bind(
-        self,
-        signature: Signature,
-        args: Sequence[Any],
-        weights: Sequence[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
-        run: RunContext,
-    ) -> Graph:
+    def _bind(self, signature: Signature, call: Call, run: RunContext) -> Graph:
         """Take the graph of the first backend that can compile this unit."""
         for backend in run.backends:
-            key = self._key(backend, args, weights, inputs, run)
+            key = self._key(backend, call, run)
             try:
                 graph = run.engine.graph(
                     key,
                     backend,
-                    partial(self._request, key, args, weights, inputs, run),
+                    partial(self._request, key, call, run),
                     checkpoint=run.checkpoint,
                     announce=run.announce,
                 )
@@ -124,48 +125,34 @@ class Unit:
             return graph
         raise AssertionError("a run has at least one backend")
 
-    def _key(
-        self,
-        backend: Backend,
-        args: Sequence[Any],
-        weights: Sequence[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
-        run: RunContext,
-    ) -> GraphKey:
-        specs = iter([TensorSpec.of(t) for t in inputs])
+    def _key(self, backend: Backend, call: Call, run: RunContext) -> GraphKey:
+        specs = iter([TensorSpec.of(t) for t in call.inputs])
         return GraphKey(
             structure=self.structure,
-            signature=tuple(next(specs) if isinstance(a, torch.Tensor) else a for a in args),
-            layout=digest(tuple(TensorSpec.of(w) for w in weights)),
+            signature=tuple(next(specs) if isinstance(a, torch.Tensor) else a for a in call.args),
+            layout=digest(tuple(TensorSpec.of(w) for w in call.weights)),
             backend=backend.fingerprint(),
             environment=run.environment,
             frozen=self._frozen if self.weights.resident else None,
             label=self.step.label,
         )
 
-    def _request(
-        self,
-        key: GraphKey,
-        args: Sequence[Any],
-        weights: Sequence[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
-        run: RunContext,
-    ) -> GraphRequest:
-        statics = tuple(None if isinstance(a, torch.Tensor) else Static(a) for a in args)
+    def _request(self, key: GraphKey, call: Call, run: RunContext) -> GraphRequest:
+        statics = tuple(None if isinstance(a, torch.Tensor) else Static(a) for a in call.args)
         channels_last = run.memory_format == torch.channels_last
         module = Positional(self.step.unit, statics, channels_last=channels_last)
         return GraphRequest(
             key=key,
             module=skeleton(module, drop=tuple(HOST_STATE)),
             names=tuple(f"unit.{name}" for name in self.weights.names),
-            weights=tuple(w.detach() for w in weights),
-            inputs=tuple(inputs),
+            weights=tuple(w.detach() for w in call.weights),
+            inputs=tuple(call.inputs),
         )
 
     def _drop_frozen(self, signature: Signature, key: GraphKey, run: RunContext) -> None:
         """A graph with other weights folded in can never be used again by this unit."""
         old = self._frozen_keys.get(signature)
-        if old is not None and old != key:
+        if old is not None and old.frozen != key.frozen:
             run.engine.cache.discard(old)
             run.engine.counters.add("frozen_rebuilds")
             run.weights_changed()

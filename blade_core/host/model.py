@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,9 +38,11 @@ class Session:
             by_config[config] = OptimizedUNet(unet, self.engine, config)
         return by_config[config]
 
-    def stats(self, only: nn.Module | None) -> dict[str, Any]:
-        """Counters, cache and models as plain data; `only` limits the models to one UNet."""
+    def stats(self, states: Iterable[OptimizedUNet] | None = None) -> dict[str, Any]:
+        """Counters, cache and models as plain data; `states` limits the models."""
         cache = self.engine.cache
+        if states is None:
+            states = [s for by_config in list(self._unets.values()) for s in by_config.values()]
         return {
             "counters": self.engine.counters.snapshot(),
             "cache": {
@@ -49,12 +51,7 @@ class Session:
                 "budget_bytes": cache.budget,
                 "keys": [str(key) for key in cache.all_keys()],
             },
-            "models": [
-                state.report()
-                for unet, by_config in list(self._unets.items())
-                if only is None or unet is only
-                for state in by_config.values()
-            ],
+            "models": [state.report() for state in states],
         }
 
 
@@ -156,8 +153,13 @@ def without_blade(model: ModelPatcher) -> ModelPatcher:
 
 
 def stats(model: ModelPatcher | None = None) -> dict[str, Any]:
-    """What Blade did, as plain data: of one model, or of all."""
-    return session().stats(None if model is None else getattr(model.model, "diffusion_model", None))
+    """What Blade did, as plain data: for `model` with the settings of its own node, or for all."""
+    if model is None:
+        return session().stats()
+    attachment = model.attachments.get(_KEY)
+    if attachment is None:
+        return session().stats([])
+    return session().stats([session().unet(model.model.diffusion_model, attachment.config)])
 
 
 def _remove_blade(model: ModelPatcher) -> None:

@@ -160,12 +160,13 @@ class OptimizedUNet:
             return
         self._bound = 0
         self.compilers = tuple(backend.name for backend in backends)
+        memory_format = _memory_format(x, backends[0])
         run = RunContext(
             engine=self._engine,
             config=self.config,
             backends=backends,
-            environment=environment(x.device, _host_environment()),
-            memory_format=_memory_format(x, backends[0]),
+            environment=environment(x.device, (*_host_environment(), str(memory_format))),
+            memory_format=memory_format,
             freeze=freeze,
             checkpoint=comfy.model_management.throw_exception_if_processing_interrupted,
             announce=self._announcer(progress),

@@ -57,7 +57,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Faulty:
 
 
 def _reasons(session: Session) -> set[str]:
-    return {r for m in session.stats(None)["models"] for b in m["blocks"] for r in b["reasons"]}
+    return {r for m in session.stats()["models"] for b in m["blocks"] for r in b["reasons"]}
 
 
 def _transformers_only(error: Exception) -> Callable[[GraphRequest], None]:
@@ -162,7 +162,7 @@ def test_no_compiler_means_stock_with_the_reason(
         assert torch.equal(sample(optimized), expected)
         sample(optimized, seed=1)
     assert caplog.text.count("no working C++ compiler was found") == 1
-    assert "no working C++ compiler" in str(session.stats(None)["models"][0]["runs_as_stock"])
+    assert "no working C++ compiler" in str(session.stats()["models"][0]["runs_as_stock"])
     with pytest.raises(BackendUnavailable, match=r"no working C\+\+ compiler was found"):
         optimize_model(sd15, STRICT)
 

@@ -65,7 +65,7 @@ def test_a_clone_without_the_node_is_stock_bit_for_bit(session: Session, sd15: A
 
 def test_fewer_graphs_than_units(session: Session, sdxl: Any) -> None:
     sample(optimize_model(sdxl, EAGER))
-    units = sum(len(b["layers"]) for m in session.stats(None)["models"] for b in m["blocks"])
+    units = sum(len(b["layers"]) for m in session.stats()["models"] for b in m["blocks"])
     graphs = session.engine.counters["graphs_compiled"]
     assert graphs == len({key.id for key in session.engine.cache.all_keys()}) < units
 
@@ -156,5 +156,5 @@ def test_the_state_dies_with_the_model(session: Session) -> None:
     import gc
 
     gc.collect()
-    assert session.stats(None)["models"] == []
+    assert session.stats()["models"] == []
     assert len(session.engine.cache) > 0  # graphs outlive models: the next one uses them

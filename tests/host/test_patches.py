@@ -88,7 +88,7 @@ def test_a_patched_model_equals_stock(session: Session, sd15: Any, name: str) ->
     optimized = optimize_model(patched, EAGER)
     with session.engine.counters.expect(blocks_eager=eager, blocks_compiled=9 - eager):
         assert relative_rms(sample(optimized), expected) <= BOUND
-    reasons = {r for m in session.stats(None)["models"] for b in m["blocks"] for r in b["reasons"]}
+    reasons = {r for m in session.stats()["models"] for b in m["blocks"] for r in b["reasons"]}
     assert all(reason in r for r in reasons) and bool(reasons) == bool(eager)
 
 
@@ -168,7 +168,7 @@ def test_a_replaced_host_function_means_stock(
     )
     expected = sample(sd15)
     assert torch.equal(sample(optimized), expected)
-    assert "replaced ComfyUI's forward_timestep_embed" in str(session.stats(None)["models"])
+    assert "replaced ComfyUI's forward_timestep_embed" in str(session.stats()["models"])
 
 
 def test_no_patches_cost_nothing() -> None:

@@ -69,7 +69,7 @@ def test_a_tensor_subclass_runs_eager_by_block(session: Session, sd15: Any) -> N
     expected = sample(sd15)
     with session.engine.counters.expect(blocks_eager=1, blocks_compiled=8):
         assert relative_rms(sample(optimize_model(sd15, EAGER)), expected) <= BOUND
-    assert "Quantized, not a plain tensor" in str(session.stats(None)["models"])
+    assert "Quantized, not a plain tensor" in str(session.stats()["models"])
 
 
 def test_frozen_weights_rebuild_loudly(

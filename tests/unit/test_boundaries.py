@@ -98,8 +98,9 @@ def test_the_host_adapter_does_import_the_host() -> None:
     assert "comfy" in seen
 
 
-def test_nodes_see_three_modules_of_the_core() -> None:
-    allowed = ("blade.nodes", *(f"blade.blade_core.{n}" for n in ("host", "config", "report")))
+def test_nodes_see_four_modules_of_the_core() -> None:
+    seen = ("host", "config", "errors", "report")
+    allowed = ("blade.nodes", *(f"blade.blade_core.{name}" for name in seen))
     assert offending(sorted(NODES.glob("*.py")), allowed) == {}
 
 

@@ -116,6 +116,4 @@ def test_several_models() -> None:
 
 
 def test_no_model() -> None:
-    assert text_of() == [
-        "- This model does not run through Blade Optimize Model, or has not run yet."
-    ]
+    assert text_of() == ["- This model does not run through Blade Optimize Model."]
