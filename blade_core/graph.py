@@ -115,6 +115,13 @@ def skeleton(module: nn.Module, *, drop: Sequence[str] = ()) -> nn.Module:
         else t.to("meta")
         for t in tensors
     }
+    for child in module.modules():
+        for name in drop:
+            value = child.__dict__.get(name)
+            # What is dropped is not copied first: it may hold every LoRA of a model. (Constants
+            # such as True are one object everywhere, and cost nothing.)
+            if not isinstance(value, (bool, int, float, str, torch.dtype, type(None))):
+                memo[id(value)] = None
     bare = copy.deepcopy(module, memo).eval()
     for child in bare.modules():
         for name in drop:

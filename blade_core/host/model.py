@@ -90,8 +90,8 @@ class Attachment:
         """The DIFFUSION_MODEL wrapper. `executor.class_obj` tells which UNet is called: hooks
         and several GPUs bring others than the one that the node saw."""
         unet = executor.class_obj  # type: ignore[attr-defined]
-        if not isinstance(unet, UNetModel):
-            return executor(*args, **kwargs)
+        if not isinstance(unet, UNetModel) or len(args) < 6:
+            return executor(*args, **kwargs)  # nothing that the host itself ever calls so
         state = session().unet(unet, self.config)
         self._running.add(state)
         try:

@@ -152,7 +152,8 @@ class OptimizedUNet:
                 raise
             self._refuse(str(error))
             return
-        if openaimodel.forward_timestep_embed is not _HOST_FORWARD:
+        forward = openaimodel.forward_timestep_embed
+        if forward is not _HOST_FORWARD or forward.__module__ != openaimodel.__name__:
             self._refuse("another node pack replaced ComfyUI's forward_timestep_embed")
             return
         if torch.is_grad_enabled():

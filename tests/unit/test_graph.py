@@ -73,6 +73,22 @@ def test_dropped_attributes_show_the_class_again() -> None:
     assert skeleton(unit).casts is True
 
 
+class Uncopyable:
+    """Like a host's patch, which may hold every LoRA of a model."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise AssertionError("copied, though it is dropped")
+
+
+def test_dropped_attributes_are_not_copied() -> None:
+    unit = Cast()
+    unit.__dict__["casts"] = [Uncopyable()]
+    unit.__dict__["hidden"] = True  # the one True of the process must not become None
+    unit.__dict__["kept"] = True
+    bare = skeleton(unit, drop=["casts", "hidden"])
+    assert bare.kept is True and bare.training is False
+
+
 def test_shared_weights_stay_shared() -> None:
     unit = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     unit[1].weight = unit[0].weight
