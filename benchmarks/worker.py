@@ -6,6 +6,7 @@ Started by run.py; prints one JSON row as its last line.
 import argparse
 import itertools
 import json
+import runpy
 import statistics
 import sys
 import time
@@ -35,15 +36,9 @@ def _import_host(host: Path, *, cpu: bool) -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("_pack", ROOT / "devtools" / "pack.py")
-    assert spec is not None and spec.loader is not None
-    pack = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pack)
-    pack.register_package("blade", ROOT)
-    pack.register_package("devtools", ROOT / "devtools")
-    pack.register_package("benchmarks", ROOT / "benchmarks")
+    register = runpy.run_path(str(ROOT / "devtools" / "pack.py"))["register_package"]
+    for name, folder in (("blade", "."), ("devtools", "devtools"), ("benchmarks", "benchmarks")):
+        register(name, ROOT / folder)
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:

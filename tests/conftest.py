@@ -1,9 +1,8 @@
 """Makes the pack importable as `blade` and the tooling as `devtools`, and marks tests by folder."""
 
-import importlib.util
+import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -11,16 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _MARKS = ("unit", "host", "server", "gpu")
 
 
-def _package(name: str, folder: Path) -> ModuleType:
-    """Register `folder` as the package `name`, without running its `__init__.py`."""
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    return module
-
+# By path: the folder that holds it must not be on sys.path.
+_package = runpy.run_path(str(ROOT / "devtools" / "pack.py"))["register_package"]
 
 # `python -m pytest` puts the checkout on sys.path, where its `nodes` would hide ComfyUI's.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
