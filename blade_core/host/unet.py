@@ -61,9 +61,11 @@ class OptimizedUNet:
         self._addresses: list[int] = []
         self._bound = 0
         self._classes: dict[type[nn.Module], tuple[Any, ...]] = {}
+        self._progress = CompileProgress(None)
         self._holders = self._hold(unet)
 
     def _hold(self, unet: nn.Module) -> dict[str, nn.Module]:
+        self.blocks = []
         holders: dict[str, nn.Module] = {}
         for container, short in _CONTAINERS:
             module = getattr(unet, container)
@@ -112,7 +114,7 @@ class OptimizedUNet:
                 return executor(*args[:5], options, **kwargs)
             finally:
                 modules.update(stock)
-                progress.finish()
+                self._progress.finish()
 
     def end(self) -> None:
         """End of a run: give the weights back as they were, let go of everything per run."""
@@ -159,7 +161,10 @@ class OptimizedUNet:
         if torch.is_grad_enabled():
             self._refuse("gradients are enabled")
             return
+        if [block.block for block in self.blocks] != _blocks(unet):  # a block was replaced
+            self._holders = self._hold(unet)
         self._bound = 0
+        self._progress = progress
         self.compilers = tuple(backend.name for backend in backends)
         memory_format = _memory_format(x, backends[0])
         run = RunContext(
@@ -170,12 +175,12 @@ class OptimizedUNet:
             memory_format=memory_format,
             freeze=freeze,
             checkpoint=comfy.model_management.throw_exception_if_processing_interrupted,
-            announce=self._announcer(progress),
+            announce=self._announce,
             bound=self._count_bound,
             weights_changed=_say_rebuild,
         )
         if run.memory_format == torch.channels_last:
-            self._layout.apply([w for b in _parts(unet) for w in b.parameters()], x.device)
+            self._layout.apply([w for b in _blocks(unet) for w in b.parameters()], x.device)
         classes = describe_classes(unet)
         for block in self.blocks:
             if classes != self._classes:
@@ -191,12 +196,9 @@ class OptimizedUNet:
         self.why_not = reason
         warn_once(f"This model runs as stock: {reason}")
 
-    def _announcer(self, progress: CompileProgress) -> Callable[[GraphKey], None]:
-        def announce(key: GraphKey) -> None:
-            total = sum(len(block.units) for block in self.blocks)
-            progress.compiling(key, self._bound, total)
-
-        return announce
+    def _announce(self, key: GraphKey) -> None:
+        total = sum(len(block.units) for block in self.blocks)
+        self._progress.compiling(key, self._bound, total)
 
     def _count_bound(self) -> None:
         self._bound += 1
@@ -226,9 +228,10 @@ class OptimizedUNet:
         }
 
 
-def _parts(unet: nn.Module) -> list[nn.Module]:
-    parts = [getattr(unet, container) for container, _ in _CONTAINERS]
-    return [part for part in parts if part is not None]
+def _blocks(unet: Any) -> list[nn.Module]:
+    """The blocks in the order of OptimizedUNet.blocks."""
+    middle = [] if unet.middle_block is None else [unet.middle_block]
+    return [*unet.input_blocks, *middle, *unet.output_blocks]
 
 
 def _memory_format(x: torch.Tensor, backend: Backend) -> torch.memory_format:

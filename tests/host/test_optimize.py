@@ -144,6 +144,20 @@ def test_each_shape_is_right_and_compiled_once(session: Session, sd15: Any, name
         sample(optimized, **SHAPES[name], seed=2)
 
 
+def test_progress_ends_after_every_call_that_compiles(
+    session: Session, sd15: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An area's size comes up in the second call of a run: its bar must be taken off too."""
+    texts: list[str] = []
+    monkeypatch.setattr(
+        "blade.blade_core.host.progress.say", lambda text, node_id: texts.append(text)
+    )
+    sample(optimize_model(sd15, EAGER), **SHAPES["area"])
+    ends = [index for index, text in enumerate(texts) if "graphs compiled" in text]
+    assert len(ends) == 2 and ends[-1] == len(texts) - 1
+    assert all(" of " not in text and "/18 " in text for text in texts if "compiled" not in text)
+
+
 def test_inductor_equals_stock(session: Session, sd15: Any) -> None:
     """The one real compile of this folder; the server tests have whole checkpoints."""
     actual = sample(optimize_model(sd15, OptimizeConfig("inductor", on_failure="error")))

@@ -1,5 +1,6 @@
 """Patches keep their meaning: what they touch runs as stock, block by block, with a reason."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,20 @@ def test_a_foreign_forward_on_a_layer_is_kept(session: Session, sd15: Any) -> No
     del attention.forward
     with session.engine.counters.expect(blocks_eager=0, graphs_compiled=0):
         sample(optimized)
+
+
+def test_a_block_that_another_pack_replaces(session: Session, sd15: Any) -> None:
+    """Object patches put another module into the container of blocks, for one clone."""
+    optimized = optimize_model(sd15, EAGER)
+    plain = sample(optimized)
+    other = copy.deepcopy(sd15.model.diffusion_model.output_blocks[1])
+    other[0].in_layers[2].weight.data.mul_(0.5)
+    patched = sd15.clone()
+    patched.add_object_patch("diffusion_model.output_blocks.1", other)
+    expected = sample(patched)
+    assert relative_rms(expected, sample(sd15)) > 1e-3
+    assert relative_rms(sample(optimize_model(patched, EAGER)), expected) <= BOUND
+    assert torch.equal(sample(optimized), plain)
 
 
 def test_a_forward_hook_and_a_patched_class_are_kept(
