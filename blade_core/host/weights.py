@@ -127,9 +127,10 @@ class ChannelsLast:
                 self._changed.append(weight)
 
     def restore(self) -> None:
-        for weight in self._changed:
+        while self._changed:  # one by one: if memory runs out, the next call goes on from there
+            weight = self._changed[-1]
             weight.data = weight.data.contiguous()
-        self._changed.clear()
+            self._changed.pop()
 
 
 def in_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
