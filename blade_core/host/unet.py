@@ -204,7 +204,7 @@ class OptimizedUNet:
         self._bound += 1
 
     def _weights_moved(self) -> bool:
-        """Whether the host replaced or moved a weight since the run began (about 0.1 ms).
+        """Whether the host replaced or moved a weight since the run began.
 
         In-place changes (LoRA hooks) need no notice: graphs read the weights in every call.
         """

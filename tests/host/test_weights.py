@@ -43,18 +43,21 @@ def test_weights_that_the_host_patches_on_the_fly(session: Session, sd15: Any) -
         sample(optimize_model(sd15, EAGER))
 
 
-def test_weights_in_another_dtype_than_the_computation(session: Session) -> None:
-    """fp16 weights with fp32 computation, as fp16 files run on hardware without fp16."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_weights_in_another_dtype_than_the_computation(
+    session: Session, dtype: torch.dtype
+) -> None:
+    """As fp16 files run on hardware without fp16, and fp8 files everywhere: cast in the graph."""
     import comfy.ops
 
     model = make_model(SD15)
     config = model.model.model_config
-    config.set_inference_dtype(torch.float16, torch.float32)
+    config.set_inference_dtype(dtype, torch.float32)
     manual = config.get_model({})
     manual.diffusion_model.load_state_dict(model.model.diffusion_model.state_dict())
     model = ModelPatcher(manual, CPU, CPU)
     layer = manual.diffusion_model.input_blocks[0][0]
-    assert isinstance(layer, comfy.ops.manual_cast.Conv2d) and layer.weight.dtype == torch.float16
+    assert isinstance(layer, comfy.ops.manual_cast.Conv2d) and layer.weight.dtype == dtype
     expected = sample(model)
     assert relative_rms(sample(optimize_model(model, EAGER)), expected) <= BOUND
     assert session.engine.counters["blocks_eager"] == 0
