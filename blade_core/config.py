@@ -21,6 +21,7 @@ class OptimizeConfig:
     backend: the compiler; `auto` takes the first that can run: torch_blade, then inductor.
     freeze_weights: fold the weights into the graphs. Costs a rebuild for every weight change.
     on_failure: `fallback` runs what cannot be compiled as stock ComfyUI would; `error` raises.
+    capture: replay a step as one CUDA graph where it can be; off for measuring what that gives.
 
     Raises:
         InvalidChoice: a value is not one of those listed above.
@@ -29,6 +30,7 @@ class OptimizeConfig:
     backend: str = "auto"
     freeze_weights: bool = False
     on_failure: str = "fallback"
+    capture: bool = True
 
     def __post_init__(self) -> None:
         _check("backend", self.backend, BACKENDS)
@@ -41,10 +43,25 @@ class OptimizeConfig:
 
 def graph_cache_bytes() -> int:
     """Byte budget of the graph cache: `BLADE_GRAPH_CACHE_MIB` (default 4096 MiB)."""
-    text = os.environ.get("BLADE_GRAPH_CACHE_MIB", "4096")
-    if not text.isdecimal() or int(text) == 0:
+    return _mebibytes("BLADE_GRAPH_CACHE_MIB", "4096", least=1)
+
+
+def capture_bytes() -> int | None:
+    """Byte budget of captured steps: `BLADE_CAPTURE_MIB`, where 0 turns capturing off.
+
+    None if it is not set: an eighth of the GPU's memory.
+    """
+    if "BLADE_CAPTURE_MIB" not in os.environ:
+        return None
+    return _mebibytes("BLADE_CAPTURE_MIB", "", least=0)
+
+
+def _mebibytes(name: str, default: str, *, least: int) -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal() or int(text) < least:
+        above = " above 0" if least else ""
         raise InvalidChoice(
-            f"BLADE_GRAPH_CACHE_MIB is {text!r}; expected a whole number of MiB above 0. "
+            f"{name} is {text!r}; expected a whole number of MiB{above}. "
             "Unset it, or set it for example to 4096."
         )
     return int(text) * 2**20

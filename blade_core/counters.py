@@ -16,16 +16,20 @@ NAMES = (
     "blocks_compiled",  # blocks that ran compiled, once a run
     "blocks_eager",  # blocks that ran as stock, once a run
     "runs",  # sampling runs through an optimized model
+    "captures",  # CUDA graphs recorded
+    "captures_dropped",  # given back: weights moved, memory needed, or the model is gone
+    "replays",  # UNet calls that were one replay
 )
 
 
 class Counters:
-    """Thread-safe counts and the seconds spent compiling."""
+    """Thread-safe counts, and the seconds spent compiling and capturing."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(NAMES, 0)
         self._compile_seconds = 0.0
+        self._capture_seconds = 0.0
 
     def add(self, name: str, count: int = 1) -> None:
         with self._lock:
@@ -35,12 +39,20 @@ class Counters:
         with self._lock:
             self._compile_seconds += seconds
 
+    def add_capture_seconds(self, seconds: float) -> None:
+        with self._lock:
+            self._capture_seconds += seconds
+
     def __getitem__(self, name: str) -> int:
         return self._counts[name]
 
     def snapshot(self) -> dict[str, int | float]:
         with self._lock:
-            return {**self._counts, "compile_seconds": round(self._compile_seconds, 3)}
+            return {
+                **self._counts,
+                "compile_seconds": round(self._compile_seconds, 3),
+                "capture_seconds": round(self._capture_seconds, 3),
+            }
 
     @contextmanager
     def expect(self, **deltas: int) -> Iterator[None]:

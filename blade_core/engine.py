@@ -120,7 +120,7 @@ class Engine:
         self.counters.add("graphs_compiled")
         self.counters.add_compile_seconds(seconds)
         logger.info("compiled in %.1f s: %s", seconds, request.key)
-        return Graph(request.key, compiled.call, compiled.nbytes, seconds)
+        return Graph(request.key, compiled.call, compiled.nbytes, seconds, backend.capturable)
 
 
 def _difference(

@@ -38,6 +38,17 @@ class CompileFailed(BladeError):
         self.transient = transient
 
 
+class CaptureFailed(BladeError):
+    """Work could not be recorded as a CUDA graph; it runs launch by launch.
+
+    `transient` failures (memory) are nobody's fault and never stop a prompt.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error`, or what caused it, is a lack of device or host memory."""
     # torch.OutOfMemoryError by the name that torch 2.0, where torch_blade lives, has too.

@@ -100,6 +100,7 @@ class Graph:
     call: GraphFunction
     nbytes: int
     seconds: float
+    capturable: bool = False
 
 
 def skeleton(module: nn.Module, *, drop: Sequence[str] = ()) -> nn.Module:

@@ -31,6 +31,7 @@ def _model(model: dict[str, Any]) -> list[str]:
     lines = [f"{model['model']} ({settings})", ""]
     if model["runs_as_stock"]:
         return [*lines, f"- runs as stock: {model['runs_as_stock']}"]
+    lines += _captures(model)
     states = [block["state"] for block in model["blocks"]]
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     lines.append(f"- {len(states)} blocks: {counts}")
@@ -38,4 +39,16 @@ def _model(model: dict[str, Any]) -> list[str]:
     for reasons, blocks in groupby(not_compiled, key=lambda block: block["reasons"]):
         names = ", ".join(block["block"] for block in blocks)
         lines.append(f"- eager: {names}: {'; '.join(reasons)}")
+    return lines
+
+
+def _captures(model: dict[str, Any]) -> list[str]:
+    lines = []
+    if model["captures"]:
+        lines.append(
+            f"- CUDA graphs {model['captures']} ({model['capture_mib']:.0f} MiB), whole steps "
+            f"replayed in the last run {model['replays']}"
+        )
+    if model["not_captured"]:
+        lines.append(f"- not one CUDA graph: {'; '.join(model['not_captured'])}")
     return lines

@@ -15,6 +15,8 @@ class Backend(Protocol):
     name: str
     channels_last: bool
     """Whether its graphs are best given 4-D tensors in channels-last strides."""
+    capturable: bool
+    """Whether a call of its graphs only launches kernels, so that a CUDA graph can hold them."""
 
     def available(self, device: torch.device) -> str | None:
         """Return None if the compiler can run for `device`, else the exact reason."""

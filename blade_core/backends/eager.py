@@ -17,6 +17,7 @@ from ..graph import Compiled, GraphFunction, GraphRequest, trace
 class EagerBackend:
     name = "eager"
     channels_last = True
+    capturable = True
 
     def available(self, device: torch.device) -> str | None:
         return None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +43,7 @@ _MIN_CAPABILITY = (7, 0)  # Triton's own limit
 class InductorBackend:
     name = "inductor"
     channels_last = True
+    capturable = True
 
     def available(self, device: torch.device) -> str | None:
         if device.type == "cpu":
@@ -78,6 +80,31 @@ class InductorBackend:
             with open(path, "wb") as file:
                 file.write(artifact)
             return _function(CompiledArtifact.load(path=path), frozen=request.frozen)
+
+
+@contextmanager
+def plain_addresses() -> Iterator[None]:
+    """Launch Triton kernels by their arguments' addresses while a CUDA graph is recorded.
+
+    Triton asks the driver about each tensor's pointer, and under cudaMallocAsync, ComfyUI's
+    default, the driver does not know memory that a recording has only reserved. It does not
+    ask about plain integers. Source: triton third_party/nvidia/backend/driver.py, getPointer;
+    the same failure: https://github.com/state-spaces/mamba/issues/699
+    """
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    run = CachingAutotuner.run
+
+    def run_by_address(self: Any, *args: Any, **kwargs: Any) -> Any:
+        addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+        return run(self, *addresses, **kwargs)
+
+    autotuner: Any = CachingAutotuner
+    autotuner.run = run_by_address
+    try:
+        yield
+    finally:
+        autotuner.run = run
 
 
 def _function(call: Callable[..., Any], *, frozen: bool) -> GraphFunction:

@@ -46,6 +46,7 @@ _compiling = threading.Lock()
 class TorchBladeBackend:
     name = "torch_blade"
     channels_last = False  # its runtime copies every tensor that is not contiguous
+    capturable = False  # weights are set in Python before each call
 
     def available(self, device: torch.device) -> str | None:
         if device.type not in ("cpu", "cuda"):

@@ -13,6 +13,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embe
 from torch import nn
 
 from ..backends import Backend
+from ..capture import Replayer, Work
 from ..config import OptimizeConfig
 from ..counters import Counters
 from ..engine import Engine
@@ -20,10 +21,12 @@ from ..errors import CompileFailed, UnknownStructure, is_out_of_memory
 from ..graph import Graph, GraphRequest, Positional, Static, skeleton
 from ..key import GraphKey, TensorSpec, digest
 from ..log import warn_once
-from ..structure import describe
+from ..structure import describe, modules_of
 from .blocks import Step, count_transformers, program
 from .patches import BlockId, Patched
-from .weights import HOST_STATE, UnitWeights, checksum, in_format
+from .projections import Projection, Projections
+from .step import not_capturable
+from .weights import HOST_STATE, Slot, UnitWeights, checksum, in_format, parameter_slots
 
 Signature = tuple[Any, ...]
 
@@ -42,10 +45,15 @@ class RunContext:
     announce: Callable[[GraphKey], None]
     bound: Callable[[], None]
     weights_changed: Callable[[], None]
+    projections: Projections
+    pieces: Replayer | None = None
+    """Captures blocks one by one in this call, because the call as a whole cannot be."""
+    cut: str | None = None
+    """Why what ran in this call cannot be captured."""
 
 
 class Call(NamedTuple):
-    """One call of a unit: its arguments, and the tensors among them in the graph's strides."""
+    """A call of a unit: its arguments, and the tensors among them in the graph's strides."""
 
     args: Sequence[Any]
     inputs: Sequence[torch.Tensor]
@@ -72,6 +80,19 @@ class Unit:
             self._resident = tuple(self.weights.current())
             self._frozen = digest(checksum(self._resident)) if run.freeze else None
         return reason
+
+    @property
+    def frozen(self) -> str | None:
+        return self._frozen
+
+    def why_not_captured(self) -> str | None:
+        """Why a call of this unit may not be recorded, once it has its graphs."""
+        if not self.weights.resident:
+            return "its weights are offloaded, or patched while it runs"
+        for graph in self.graphs.values():
+            if not graph.capturable:
+                return f"{graph.key.backend.split(' ')[0]} graphs cannot be captured"
+        return None
 
     def end(self) -> None:
         """Let go of the weights, which the host may free or replace between runs."""
@@ -173,15 +194,20 @@ class OptimizedBlock:
         self._unreadable: str | None = None  # for as long as the block does not change
         self.reasons: set[str] = set()  # why calls of this run were eager
         self.compiled_calls = 0
+        self.changes = 0  # how often it was read anew
         self._frozen_keys: list[dict[Signature, GraphKey]] = []
         self._seen: list[tuple[nn.Module, dict[str, Any]]] = []
 
-    def begin(self, device: torch.device, dtype: torch.dtype, run: RunContext) -> None:
+    def read(self) -> None:
         """Look at the block anew: packs inject layers, hooks and patches between runs."""
+        if self._changed():
+            self.changes += 1
+            self._unreadable = self._read_program()
+
+    def begin(self, device: torch.device, dtype: torch.dtype, run: RunContext) -> None:
+        """Take up the weights as they are in this run."""
         self.reasons = set()
         self.compiled_calls = 0
-        if self._changed():
-            self._unreadable = self._read_program()
         self.why_not = self._unreadable or self._prepare(device, dtype, run)
 
     def forget(self) -> None:
@@ -196,8 +222,16 @@ class OptimizedBlock:
         for unit in self.units:
             unit.end()
 
-    def weights(self) -> list[torch.Tensor]:
-        return [w for unit in self.units for w in unit.weights.current()]
+    def slots(self) -> list[Slot]:
+        """Where its layers hold their weights."""
+        if not self.units:
+            return parameter_slots(modules_of(self.block))
+        projected = [layer for projection in self.projections() for layer in projection.layers]
+        slots = [slot for unit in self.units for slot in unit.weights.slots()]
+        return slots + parameter_slots(projected)
+
+    def projections(self) -> list[Projection]:
+        return [unit.step.projection for unit in self.units if unit.step.projection is not None]
 
     def __call__(
         self,
@@ -230,6 +264,7 @@ class OptimizedBlock:
                 reason = self.why_not = f"its graph failed: {error}"
                 warn_once(f"{self.name} runs uncompiled: {reason}")
         self.reasons.add(reason)
+        run.cut = f"{self.name} runs uncompiled"
         return forward_timestep_embed(self.block, h, emb, context, options, output_shape, *video)
 
     def _run(
@@ -241,25 +276,55 @@ class OptimizedBlock:
         output_shape: Any,
         run: RunContext,
     ) -> torch.Tensor:
-        values = {
-            "h": h,
-            "emb": emb,
-            "context": context,
-            # Only height and width count (Upsample.forward); the rest would split the key.
-            "output_shape": None if output_shape is None else (0, 0, *output_shape[2:]),
-        }
-        for unit in self.units:
-            step = unit.step
-            values[step.writes] = unit([values[name] for name in step.reads], run)
+        # Only height and width count (Upsample.forward); the rest would split the key.
+        shape = None if output_shape is None else (0, 0, *output_shape[2:])
+
+        def compute(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            return self._compute(tensors, shape, run)
+
+        tensors = [h, emb] if context is None else [h, emb, context]
+        if run.pieces is None:
+            result = compute(tensors)
+        else:
+            key = (self.name, shape, *[(t.shape, t.dtype) for t in tensors])
+            work = Work(compute, self._why_not_captured, self._graphs_in_use)
+            result = run.pieces(key, work, tensors)
         if self.transformers:
             # Patches of other blocks count on what the host's transformers leave behind.
             options["activations_shape"] = list(h.shape)
             if "transformer_index" in options:
                 options["transformer_index"] += self.transformers
         self.compiled_calls += 1
+        return result
+
+    def _compute(
+        self, tensors: Sequence[torch.Tensor], output_shape: Any, run: RunContext
+    ) -> torch.Tensor:
+        values: dict[str, Any] = dict(zip(("h", "emb", "context"), tensors, strict=False))
+        values["output_shape"] = output_shape
+        # A piece is a capture of its own: it keeps nothing from one replay to the next.
+        project = run.projections if run.pieces is None else Projection.__call__
+        for unit in self.units:
+            step = unit.step
+            arguments = step.arguments(values, project)
+            values[step.writes] = unit(arguments, run)
+        if run.cut is None:
+            run.cut = self._why_not_captured()
         result = values["h"]
         assert isinstance(result, torch.Tensor)
         return result
+
+    def _why_not_captured(self) -> str | None:
+        for unit in self.units:
+            projection = unit.step.projection
+            layers = () if projection is None else projection.layers
+            reason = unit.why_not_captured() or not_capturable(layers, unit.weights.device)
+            if reason is not None:
+                return f"{self.name}: {reason}"
+        return None
+
+    def _graphs_in_use(self) -> Any:
+        return [unit.graphs.copy() for unit in self.units]
 
     def _changed(self) -> bool:
         """Whether a module was replaced or a plain attribute changed since the last run.
@@ -267,7 +332,7 @@ class OptimizedBlock:
         Comparing is cheaper than reading the program anew. Attributes are compared as the
         dicts they are in; weights are looked at by `_prepare`, run by run.
         """
-        modules = list(self.block.modules())
+        modules = modules_of(self.block)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
         same = not hooked and len(modules) == len(self._seen)
         with suppress(RuntimeError):  # tensors as attributes have no truth value

@@ -7,6 +7,7 @@ eager as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +21,35 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import (
 )
 from torch import nn
 
+from .projections import Projection, replaced, without_context, without_embedding
+
 
 @dataclass(frozen=True)
 class Step:
     """One unit in a block's program: `values[writes] = unit(*(values[name] for name in reads))`.
 
     The values are: h (B, C, H, W), emb (B, E), context (B, L, D), tokens (B, H*W, C), and
-    output_shape, the shape of the skip connection that an Upsample has to meet.
+    output_shape, the shape of the skip connection that an Upsample has to meet. With a
+    projection, the unit reads emb or context as that has projected it.
     """
 
     label: str
     unit: nn.Module
     reads: tuple[str, ...]
     writes: str
+    projection: Projection | None = None
+
+    def arguments(
+        self,
+        values: dict[str, Any],
+        project: Callable[[Projection, torch.Tensor], torch.Tensor],
+    ) -> list[Any]:
+        """The unit's arguments; `project` gives what a projection makes of its input."""
+        arguments = [values[name] for name in self.reads]
+        if self.projection is not None:
+            index = self.reads.index(self.projection.source)
+            arguments[index] = project(self.projection, arguments[index])
+        return arguments
 
 
 def program(block: nn.Module) -> list[Step] | str:
@@ -44,7 +61,8 @@ def program(block: nn.Module) -> list[Step] | str:
         kind = type(layer)
         if kind is ResBlock:
             label = f"ResBlock {layer.channels}→{layer.out_channels}"
-            steps.append(Step(label, Layer(layer), ("h", "emb"), "h"))
+            twin, projection = without_embedding(layer) or (layer, None)
+            steps.append(Step(label, Layer(twin), ("h", "emb"), "h", projection))
         elif kind is SpatialTransformer:
             steps += _transformer(layer)
         elif kind is Upsample:
@@ -65,18 +83,23 @@ def count_transformers(block: nn.Module) -> int:
 
 def _transformer(layer: SpatialTransformer) -> list[Step]:
     channels = layer.in_channels
-    if len(layer.transformer_blocks) == 1:
-        whole = Step(f"SpatialTransformer {channels}", Transformer(layer), ("h", "context"), "h")
-        return [whole]
-    label = f"BasicTransformerBlock {channels}"
+    blocks = list(layer.transformer_blocks)
+    if len(blocks) == 1:
+        label = f"SpatialTransformer {channels}"
+        parts, projection = without_context(blocks[0]) or ({}, None)
+        twin = replaced(layer, {f"transformer_blocks.0.{k}": part for k, part in parts.items()})
+        return [Step(label, Transformer(twin), ("h", "context"), "h", projection)]
     return [
         Step(f"SpatialTransformer {channels} in", TransformerIn(layer), ("h",), "tokens"),
-        *(
-            Step(label, Transformer(block), ("tokens", "context"), "tokens")
-            for block in layer.transformer_blocks
-        ),
+        *(_stacked(f"BasicTransformerBlock {channels}", block) for block in blocks),
         Step(f"SpatialTransformer {channels} out", TransformerOut(layer), ("tokens", "h"), "h"),
     ]
+
+
+def _stacked(label: str, block: nn.Module) -> Step:
+    parts, projection = without_context(block) or ({}, None)
+    twin = replaced(block, parts)
+    return Step(label, Transformer(twin), ("tokens", "context"), "tokens", projection)
 
 
 def _channels(layer: Any) -> tuple[int, ...]:

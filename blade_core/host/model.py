@@ -13,9 +13,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import nn
 
-from ..config import OptimizeConfig
+from ..capture import CaptureBudget
+from ..config import OptimizeConfig, capture_bytes
 from ..engine import Engine
 from ..log import logger
+from ..recorder import CudaRecorder
 from .dynamic import non_dynamic_clone
 from .progress import CompileProgress, say
 from .unet import OptimizedUNet
@@ -28,14 +30,19 @@ class Session:
 
     def __init__(self) -> None:
         self.engine = Engine()
+        self.captures = CaptureBudget(self.engine.counters, CudaRecorder, capture_bytes())
         self._unets: weakref.WeakKeyDictionary[nn.Module, dict[OptimizeConfig, OptimizedUNet]]
         self._unets = weakref.WeakKeyDictionary()
+
+    def states(self, unet: nn.Module) -> list[OptimizedUNet]:
+        """What is known of `unet`, under every configuration that it ran with."""
+        return list(self._unets.get(unet, {}).values())
 
     def unet(self, unet: nn.Module, config: OptimizeConfig) -> OptimizedUNet:
         """Return the state of `unet` under `config`; clones and node graphs share it."""
         by_config = self._unets.setdefault(unet, {})
         if config not in by_config:
-            by_config[config] = OptimizedUNet(unet, self.engine, config)
+            by_config[config] = OptimizedUNet(unet, self.engine, self.captures, config)
         return by_config[config]
 
     def stats(self, states: Iterable[OptimizedUNet] | None = None) -> dict[str, Any]:
@@ -84,6 +91,12 @@ class Attachment:
             state.end()
         self._running.clear()
 
+    def detach(self, patcher: ModelPatcher, unpatch_all: bool) -> None:
+        """The host takes the model off the GPU (if `unpatch_all`) to have the memory back."""
+        if unpatch_all:
+            for state in session().states(patcher.model.diffusion_model):
+                state.drop_captures()
+
     def wrap(
         self, executor: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -102,6 +115,7 @@ class Attachment:
                 kwargs,
                 progress=CompileProgress(self.node_id),
                 freeze=self.config.freeze_weights and not self._hooked,
+                hooked=self._hooked,
             )
         finally:
             if self._depth == 0:  # called outside of a sampler: each call is a run
@@ -140,6 +154,7 @@ def optimize_model(
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, attachment.wrap)
     clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, _KEY, attachment.pre_run)
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, attachment.cleanup)
+    clone.add_callback_with_key(CallbacksMP.ON_DETACH, _KEY, attachment.detach)
     return clone
 
 
@@ -167,3 +182,4 @@ def _remove_blade(model: ModelPatcher) -> None:
     model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, _KEY)
     model.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, _KEY)
     model.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, _KEY)
+    model.remove_callbacks_with_key(CallbacksMP.ON_DETACH, _KEY)

@@ -39,12 +39,27 @@ _REPLACED = frozenset({"attn1", "attn2"})
 
 @dataclass
 class Patched:
-    """Reasons why blocks cannot run compiled in this call."""
+    """Reasons why blocks cannot run compiled in this call, or the call not be captured whole.
 
+    between: code of others runs between the blocks.
+    """
+
+    between: str | None = None
     everything: str | None = None
     transformers: str | None = None
     blocks: dict[BlockId, str] = field(default_factory=dict)
     layers: tuple[type[nn.Module], ...] = ()
+
+    def anything(self) -> str | None:
+        """Why this call is not the same as one without patches, or None."""
+        if self.layers:
+            return f"a {_LAYER} is set"
+        return (
+            self.between
+            or self.everything
+            or self.transformers
+            or next(iter(self.blocks.values()), None)
+        )
 
     def reason(self, block_id: BlockId, block: nn.Module, *, attends: bool) -> str | None:
         """Why `block` has to run as stock, or None. `attends`: it holds transformers."""
@@ -73,7 +88,10 @@ def read_patches(transformer_options: dict[str, Any]) -> Patched:
     if override is not None:
         found.transformers = "optimized_attention_override is set"
     for name, handlers in (patches or {}).items():
-        if not handlers or name in _OUTSIDE:
+        if not handlers:
+            continue
+        if name in _OUTSIDE:
+            found.between = f"{name} is set"
             continue
         if name == _LAYER:
             found.layers = tuple(kind for kind, _ in handlers)

@@ -8,9 +8,8 @@ never see them.
 
 from __future__ import annotations
 
-import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -20,6 +19,7 @@ from comfy.ldm.modules.diffusionmodules import openaimodel
 from torch import nn
 
 from ..backends import Backend
+from ..capture import CaptureBudget, CapturePool, Replayer, Work
 from ..config import OptimizeConfig
 from ..engine import Engine
 from ..errors import BackendUnavailable
@@ -29,10 +29,11 @@ from ..structure import describe_classes
 from .block import OptimizedBlock, RunContext
 from .patches import UNPATCHED, Patched, read_patches
 from .progress import CompileProgress
-from .weights import ChannelsLast
+from .projections import Projections
+from .step import foreign_code, not_capturable, outer_modules, read_call, replaced_by_others
+from .weights import ChannelsLast, Watch, parameter_slots
 
 _CONTAINERS = (("input_blocks", "input"), ("middle_block", "middle"), ("output_blocks", "output"))
-_HOST_FORWARD = openaimodel.forward_timestep_embed
 
 
 class Holder(nn.Module):
@@ -46,7 +47,9 @@ class Holder(nn.Module):
 class OptimizedUNet:
     """What Blade knows of one UNet under one configuration. Holds no reference to the UNet."""
 
-    def __init__(self, unet: nn.Module, engine: Engine, config: OptimizeConfig) -> None:
+    def __init__(
+        self, unet: nn.Module, engine: Engine, budget: CaptureBudget, config: OptimizeConfig
+    ) -> None:
         self.name = type(unet).__name__
         self.config = config
         self.blocks: list[OptimizedBlock] = []
@@ -57,8 +60,13 @@ class OptimizedUNet:
         self._layout = ChannelsLast()
         self._run: RunContext | None = None
         self._patched: Patched = UNPATCHED
-        self._weights: list[torch.Tensor] = []
-        self._addresses: list[int] = []
+        self._watch = Watch()
+        self._pool = CapturePool(budget)
+        self._projections = Projections()
+        self._captured_with: tuple[Any, ...] = ()
+        self._replayer: Replayer | None = None
+        self._outside: str | None = None
+        self._replays = 0
         self._bound = 0
         self._classes: dict[type[nn.Module], tuple[Any, ...]] = {}
         self._progress = CompileProgress(None)
@@ -90,41 +98,92 @@ class OptimizedUNet:
         *,
         progress: CompileProgress,
         freeze: bool,
+        hooked: bool,
     ) -> torch.Tensor:
         """Run one call of the host's UNet; `args` are (x, timesteps, context, y, control,
-        transformer_options)."""
-        x, options = args[0], args[5]
+        transformer_options). `hooked`: the host may change weights in place between calls."""
         with self._lock:
-            if self._run is None or self._weights_moved():
-                self._begin(unet, x, progress, freeze)
-            run = self._run
-            if run is None:
+            if self._run is None or self._moved(args[0]):
+                self._begin(unet, args[0], progress, freeze)
+            if self._run is None:
                 return executor(*args, **kwargs)
-            self._patched = read_patches(options)
-            patches = dict(options.get("patches", {}))
-            patches["forward_timestep_embed_patch"] = [
-                (Holder, self._run_block),
-                *patches.get("forward_timestep_embed_patch", ()),
-            ]
-            options = {**options, "patches": patches}
-            modules = unet._modules
-            stock = {name: modules[name] for name in self._holders}
-            modules.update(self._holders)
-            try:
-                return executor(*args[:5], options, **kwargs)
-            finally:
-                modules.update(stock)
-                self._progress.finish()
+            if hooked:
+                self._projections.forget()
+            self._patched = read_patches(args[5])
+            if self._replayer is None:
+                return self._launch(executor, unet, args, kwargs)
+            return self._capture(executor, unet, args, kwargs)
+
+    def _capture(
+        self, executor: Any, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Replay the call as a whole; where that cannot be, capture it block by block."""
+        run, replayer = self._run, self._replayer
+        assert run is not None and replayer is not None
+        call = read_call(args)
+        reason = self._outside or foreign_code(executor, kwargs, self._patched)
+        if call is None:
+            reason = "its arguments have an unknown form"
+        if reason is not None or call is None or replayer.never(call.signature):
+            run.pieces = replayer
+            if reason is not None:
+                replayer.reasons.add(reason)
+            return self._launch(executor, unet, args, kwargs)
+        run.pieces = run.cut = None
+        run.checkpoint()  # a replay passes none of the places where the host looks for a cancel
+        result = replayer.replay(call.signature, call.tensors)
+        if result is not None:
+            self._replays += 1
+            return result
+
+        def function(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            # What the host keeps for its patches, which this call has none of, stays outside.
+            arguments = (*call.arguments(tensors), {})
+            return self._launch(executor, unet, arguments, {})
+
+        work = Work(function, lambda: run.cut, self._graphs_in_use)
+        return replayer(call.signature, work, call.tensors)
+
+    def _launch(
+        self, executor: Any, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Let the host run the call over the holders."""
+        options = args[5]
+        patches = dict(options.get("patches", {}))
+        patches["forward_timestep_embed_patch"] = [
+            (Holder, self._run_block),
+            *patches.get("forward_timestep_embed_patch", ()),
+        ]
+        modules = unet._modules
+        stock = {name: modules[name] for name in self._holders}
+        modules.update(self._holders)
+        try:
+            return executor(*args[:5], {**options, "patches": patches}, **kwargs)
+        finally:
+            modules.update(stock)
+            self._projections.end_call()
+            self._progress.finish()
 
     def end(self) -> None:
         """End of a run: give the weights back as they were, let go of everything per run."""
         with self._lock:
             run, self._run = self._run, None
             self._layout.restore()
-            self._weights, self._addresses = [], []
-            if run is not None:
-                for block in self.blocks:
-                    block.end(self._engine.counters)
+            self._watch.stop()
+            if run is None:
+                return
+            if self._replays:
+                run.engine.counters.add("replays", self._replays)
+                for block in self.blocks:  # each replay ran them all
+                    block.compiled_calls += self._replays
+            for block in self.blocks:
+                block.end(run.engine.counters)
+
+    def drop_captures(self) -> None:
+        """The host takes the model off the GPU: its captures go too."""
+        with self._lock:
+            self._pool.clear()
+            self._projections.clear()
 
     def _run_block(
         self,
@@ -154,9 +213,9 @@ class OptimizedUNet:
                 raise
             self._refuse(str(error))
             return
-        forward = openaimodel.forward_timestep_embed
-        if forward is not _HOST_FORWARD or forward.__module__ != openaimodel.__name__:
-            self._refuse("another node pack replaced ComfyUI's forward_timestep_embed")
+        replaced = replaced_by_others()
+        if replaced is not None:
+            self._refuse(replaced)
             return
         if torch.is_grad_enabled():
             self._refuse("gradients are enabled")
@@ -178,19 +237,56 @@ class OptimizedUNet:
             announce=self._announce,
             bound=self._count_bound,
             weights_changed=_say_rebuild,
+            projections=self._projections,
         )
-        if run.memory_format == torch.channels_last:
-            self._layout.apply([w for b in _blocks(unet) for w in b.parameters()], x.device)
         classes = describe_classes(unet)
         for block in self.blocks:
             if classes != self._classes:
                 block.forget()
-            block.begin(x.device, x.dtype, run)
+            block.read()
         self._classes = classes
-        self._weights = [w for block in self.blocks for w in block.weights()]
-        self._addresses = [w.data_ptr() for w in self._weights]
+        slots = [slot for block in self.blocks for slot in block.slots()]
+        if memory_format == torch.channels_last:  # the GPU works on it while Python goes on
+            self._layout.apply((tensors[key] for tensors, key in slots), x.device)
+        for block in self.blocks:
+            block.begin(x.device, x.dtype, run)
+        outer = outer_modules(unet, tuple(name for name, _ in _CONTAINERS))
+        self._watch.start(slots + parameter_slots(outer))
+        self._replays = 0
+        self._replayer = None
+        self._projections.begin([p for block in self.blocks for p in block.projections()])
+        if self.config.capture and self._pool.usable(x.device):
+            self._outside = not_capturable(outer, x.device)
+            self._replayer = Replayer(self._pool, strict=self.config.strict)
+        self._keep_captures(x.device, run)
         self._run = run
         self._engine.counters.add("runs")
+
+    def _keep_captures(self, device: torch.device, run: RunContext) -> None:
+        """Drop the captures if anything that is baked into them is not as it was."""
+        self._stream = _stream(device)
+        baked = (
+            device,
+            self._stream,
+            run.environment,
+            [unit.frozen for block in self.blocks for unit in block.units],
+            [(block.why_not, block.changes) for block in self.blocks],
+            self._watch.addresses,
+        )
+        if baked != self._captured_with:
+            self._pool.clear()
+            self._projections.clear()
+            self._captured_with = baked
+
+    def _moved(self, x: torch.Tensor) -> bool:
+        """Whether the run has to begin anew: weights moved, or the call came from elsewhere."""
+        if self._replayer is not None and _stream(x.device) != self._stream:
+            return True
+        return self._watch.moved()
+
+    def _graphs_in_use(self) -> Any:
+        graphs = [unit.graphs.copy() for block in self.blocks for unit in block.units]
+        return graphs, self._projections.in_use()
 
     def _refuse(self, reason: str) -> None:
         self.why_not = reason
@@ -203,18 +299,6 @@ class OptimizedUNet:
     def _count_bound(self) -> None:
         self._bound += 1
 
-    def _weights_moved(self) -> bool:
-        """Whether the host replaced or moved a weight since the run began.
-
-        In-place changes (LoRA hooks) need no notice: graphs read the weights in every call.
-        """
-        now = [w for block in self.blocks for w in block.weights()]
-        return (
-            len(now) != len(self._weights)
-            or not all(map(operator.is_, now, self._weights))
-            or [w.data_ptr() for w in now] != self._addresses
-        )
-
     def report(self) -> dict[str, Any]:
         """What the last run did, block by block."""
         return {
@@ -224,6 +308,10 @@ class OptimizedUNet:
             "freeze_weights": self.config.freeze_weights,
             "on_failure": self.config.on_failure,
             "runs_as_stock": self.why_not,
+            "captures": len(self._pool),
+            "capture_mib": round(self._pool.nbytes / 2**20, 1),
+            "replays": self._replays,
+            "not_captured": sorted(self._replayer.reasons) if self._replayer else [],
             "blocks": [block.report() for block in self.blocks],
         }
 
@@ -232,6 +320,11 @@ def _blocks(unet: Any) -> list[nn.Module]:
     """The blocks in the order of OptimizedUNet.blocks."""
     middle = [] if unet.middle_block is None else [unet.middle_block]
     return [*unet.input_blocks, *middle, *unet.output_blocks]
+
+
+def _stream(device: torch.device) -> int:
+    """The stream that work for `device` is launched on now; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _memory_format(x: torch.Tensor, backend: Backend) -> torch.memory_format:

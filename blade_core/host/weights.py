@@ -7,7 +7,8 @@ checkpoint) is seen without asking. Weights that the host keeps elsewhere or pat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import comfy.ops
@@ -33,6 +34,14 @@ HOST_STATE = frozenset(
 )
 
 
+Slot = tuple[dict[str, Any], str]
+"""Where a layer holds a tensor: the dict, and its name there."""
+
+
+def parameter_slots(modules: Iterable[nn.Module]) -> list[Slot]:
+    return [(m._parameters, k) for m in modules for k, p in m._parameters.items() if p is not None]
+
+
 class UnitWeights:
     """The weights of one unit during one run, in the order of the graph's arguments."""
 
@@ -51,13 +60,17 @@ class UnitWeights:
                         self.names.append(f"{prefix}.{key}" if prefix else key)
                         self._slots.append((module, tensors, key))
         self._cast: dict[nn.Module, dict[str, int]] = {}
-        self._device = torch.device("cpu")
+        self.device = torch.device("cpu")
         self._dtype = torch.float32
         self._format = torch.contiguous_format
 
     def current(self) -> list[torch.Tensor]:
         """The tensors that the layers hold now, wherever they are."""
         return [tensors[key] for _, tensors, key in self._slots]
+
+    def slots(self) -> list[Slot]:
+        """Where the layers hold them."""
+        return [(tensors, key) for _, tensors, key in self._slots]
 
     @property
     def resident(self) -> bool:
@@ -69,7 +82,7 @@ class UnitWeights:
     ) -> str | None:
         """Find out which weights have to be resolved; return why the unit cannot run compiled."""
         self._cast.clear()
-        self._device, self._dtype, self._format = device, dtype, memory_format
+        self.device, self._dtype, self._format = device, dtype, memory_format
         for index, (module, tensors, key) in enumerate(self._slots):
             if not _must_cast(module, key, tensors[key], device, dtype):
                 continue
@@ -89,7 +102,7 @@ class UnitWeights:
             weight, bias, handle = comfy.ops.cast_bias_weight(
                 module,
                 dtype=self._dtype,
-                device=self._device,
+                device=self.device,
                 bias_dtype=self._dtype,
                 offloadable=True,
             )
@@ -108,29 +121,68 @@ class UnitWeights:
 class ChannelsLast:
     """Convolution weights in channels-last strides for the length of a run.
 
-    Only strides change, never values or names. The host's own kernels round differently over
-    other strides, so that the weights go back before anyone else uses them.
+    Each is rearranged within its own memory: no second copy, and addresses stay, so that what
+    was captured stays valid. Values and names never change. The host's own kernels round
+    differently over other strides, so that the weights go back before anyone else uses them.
     """
 
     def __init__(self) -> None:
-        self._changed: list[torch.Tensor] = []
+        self._changed: list[tuple[torch.Tensor, tuple[int, ...]]] = []
 
-    def apply(self, weights: Sequence[torch.Tensor], device: torch.device) -> None:
+    def apply(self, weights: Iterable[torch.Tensor], device: torch.device) -> None:
         for weight in weights:
             if (
                 weight.ndim == 4
                 and type(weight) in (nn.Parameter, torch.Tensor)
                 and weight.device == device
+                and weight.is_contiguous()
                 and not weight.is_contiguous(memory_format=torch.channels_last)
             ):
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-                self._changed.append(weight)
+                stride = weight.stride()
+                _rearrange(weight, weight.to(memory_format=torch.channels_last))
+                self._changed.append((weight, stride))
 
     def restore(self) -> None:
         while self._changed:  # one by one: if memory runs out, the next call goes on from there
-            weight = self._changed[-1]
-            weight.data = weight.data.contiguous()
+            weight, stride = self._changed[-1]
+            if weight.stride() != stride:  # else the host has replaced the data meanwhile
+                _rearrange(weight, weight.contiguous())
             self._changed.pop()
+
+
+def _rearrange(weight: torch.Tensor, values: torch.Tensor) -> None:
+    """Write `values`, which are those of `weight` in other strides, over its own memory."""
+    data = weight.data
+    data = data.as_strided(data.shape, values.stride(), data.storage_offset())
+    data.copy_(values)
+    weight.data = data
+
+
+class Watch:
+    """Tells whether the host replaced or moved a weight since `start`.
+
+    Changes in place (LoRA hooks) need no notice: graphs read the weights in every call.
+    """
+
+    def __init__(self) -> None:
+        self._slots: list[Slot] = []
+        self._tensors: list[torch.Tensor] = []
+        self.addresses: list[int] = []
+
+    def start(self, slots: list[Slot]) -> None:
+        self._slots = slots
+        self._tensors = [tensors[key] for tensors, key in slots]
+        self.addresses = [tensor.data_ptr() for tensor in self._tensors]
+
+    def stop(self) -> None:
+        self._slots, self._tensors, self.addresses = [], [], []
+
+    def moved(self) -> bool:
+        now = [tensors[key] for tensors, key in self._slots]
+        return (
+            not all(map(operator.is_, now, self._tensors))
+            or [tensor.data_ptr() for tensor in now] != self.addresses
+        )
 
 
 def in_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:

@@ -9,13 +9,14 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embe
 from torch import nn
 
 from blade.blade_core.host.blocks import program
+from blade.blade_core.host.projections import Projection
 
 
 def _run(block: nn.Module, values: dict[str, Any]) -> torch.Tensor:
     steps = program(block)
     assert not isinstance(steps, str), steps
     for step in steps:
-        values[step.writes] = step.unit(*(values[name] for name in step.reads))
+        values[step.writes] = step.unit(*step.arguments(values, Projection.__call__))
     return values["h"]
 
 

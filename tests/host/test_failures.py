@@ -30,6 +30,7 @@ class Faulty:
 
     name = "inductor"
     channels_last = True
+    capturable = True
 
     def __init__(self, fault: Callable[[GraphRequest], None]) -> None:
         self.fault = fault
@@ -203,6 +204,7 @@ def test_cancel_while_compiling_passes_and_leaves_all_well(
     assert session.engine.counters["blocks_eager"] == 0
 
 
+@pytest.mark.parametrize("session", ["launched"], indirect=True)
 def test_out_of_memory_while_running_is_the_hosts(
     session: Session, sd15: Any, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
 ) -> None:

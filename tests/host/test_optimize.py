@@ -158,6 +158,7 @@ def test_progress_ends_after_every_call_that_compiles(
     assert all(" of " not in text and "/18 " in text for text in texts if "compiled" not in text)
 
 
+@pytest.mark.parametrize("session", ["launched"], indirect=True)  # a tape sees torch's own only
 def test_inductor_equals_stock(session: Session, sd15: Any) -> None:
     """The one real compile of this folder; the server tests have whole checkpoints."""
     actual = sample(optimize_model(sd15, OptimizeConfig("inductor", on_failure="error")))

@@ -14,7 +14,7 @@ from blade.blade_core.errors import InvalidChoice
 
 def test_defaults() -> None:
     config = OptimizeConfig()
-    assert dataclasses.astuple(config) == ("auto", False, "fallback")
+    assert dataclasses.astuple(config) == ("auto", False, "fallback", True)
     assert not config.strict
     assert OptimizeConfig(on_failure="error").strict
 

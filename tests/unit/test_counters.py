@@ -10,7 +10,11 @@ from blade.blade_core.counters import NAMES, Counters
 
 
 def test_all_start_at_zero() -> None:
-    assert Counters().snapshot() == {**dict.fromkeys(NAMES, 0), "compile_seconds": 0}
+    assert Counters().snapshot() == {
+        **dict.fromkeys(NAMES, 0),
+        "compile_seconds": 0,
+        "capture_seconds": 0,
+    }
 
 
 def test_adding() -> None:

@@ -27,6 +27,7 @@ class Fake:
     """A backend that runs the module eager and then spoils the result, or raises."""
 
     channels_last = True
+    capturable = True
 
     def __init__(
         self,

@@ -1,0 +1,1 @@
+"""Kernels of Blade's own, one a file, each with its eager twin."""

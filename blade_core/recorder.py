@@ -1,0 +1,158 @@
+"""Recording work as a CUDA graph. Nothing here needs a GPU to be imported.
+
+Source: torch.cuda.CUDAGraph and its notes, https://docs.pytorch.org/docs/stable/notes/cuda.html
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, Protocol
+
+import torch
+
+from .backends.inductor import plain_addresses
+
+
+class Recorder(Protocol):
+    """How work on one device is recorded. What one recorder records shares one memory pool."""
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    @staticmethod
+    def usable(device: torch.device) -> bool:
+        """Whether work on `device` can be recorded now."""
+        ...
+
+    @staticmethod
+    def waits() -> AbstractContextManager[list[str]]:
+        """Collect what waits for the device inside the block."""
+        ...
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Call `function` and return what does the same device work again."""
+        ...
+
+    def used_bytes(self) -> int:
+        """Device memory in use now; the difference is what a recording took."""
+        ...
+
+    def release(self) -> None:
+        """Give the memory of recordings that are gone back to the device."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs of one device, recorded on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        # Cached blocks of the ordinary pool would stand beside those of this one.
+        torch.cuda.empty_cache()
+
+    @staticmethod
+    def usable(device: torch.device) -> bool:
+        # Not while another part of the host captures: a graph cannot be launched into a capture.
+        return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+    @staticmethod
+    @contextmanager
+    def waits() -> Iterator[list[str]]:
+        # Found before recording: under cudaMallocAsync torch ends the process if a recording
+        # becomes invalid.
+        found: list[str] = []
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield found
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        for warning in caught:
+            text = str(warning.message)
+            if "synchronizing CUDA operation" in text:
+                found.append(f"{os.path.basename(warning.filename)}:{warning.lineno}")
+            elif "debug mode" not in text:  # which torch says of every use of it
+                warnings.warn_explicit(
+                    warning.message, warning.category, warning.filename, warning.lineno
+                )
+
+    def used_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+        if _is_async():
+            _trim_graph_memory(self._device)
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """The kernels are not run while they are recorded. Weights, libraries' handles and
+        Triton kernels must have been used before; nothing may wait for the device."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream), _addresses():
+            _forget_workspaces()
+            # Other threads of the host go on allocating meanwhile: they must not disturb.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                function()
+                _forget_workspaces()
+            except BaseException as error:
+                self._abandon(graph, error)
+                raise
+            graph.capture_end()
+        return graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, error: BaseException) -> None:
+        """End a recording that `error` broke off, and what it had reserved."""
+        try:
+            # Memory of a recording is freed in that recording, or torch ends the process.
+            torch.empty(1, device=self._device).zero_()
+            traceback.clear_frames(error.__traceback__)
+            _forget_workspaces()
+            graph.capture_end()
+        except RuntimeError:
+            # It is invalid, and torch has not taken the stream off the pool.
+            _never_freed.append(error)
+            index = torch.cuda._utils._get_device_index(self._device)
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+
+
+_never_freed: list[BaseException] = []
+"""Recordings that became invalid, with the tensors in their frames: reserved, never taken."""
+
+
+def _addresses() -> AbstractContextManager[None]:
+    return plain_addresses() if _is_async() else nullcontext()
+
+
+def _is_async() -> bool:
+    return torch.cuda.get_allocator_backend() == "cudaMallocAsync"
+
+
+def _trim_graph_memory(device: torch.device) -> None:
+    """What CUDA keeps for graphs that allocate; torch has no call for it.
+
+    Source: CUDA driver API, cuDeviceGraphMemTrim.
+    """
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(name).cuDeviceGraphMemTrim(torch.cuda._utils._get_device_index(device))
+
+
+def _forget_workspaces() -> None:
+    """Let cuBLAS take its workspace anew: within a capture from the capture's own pool.
+
+    Source: torch._inductor.cudagraph_trees.clear_cublas_manager.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
