@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Developer entry point: sets up what is needed, then runs the demo, the tests or the linters."""
+"""Developer entry point: sets up what is needed, then runs demo, tests, benchmark or linters."""
 
 import argparse
 import os
@@ -21,12 +21,14 @@ TOOLS = ("benchmarks", "devtools", "dev.py", "tests")
 def main() -> int:
     """Parse the command line and return the exit code of the work."""
     options, rest = _parser().parse_known_args()
-    if rest and options.command != "test":
+    if rest and (options.command not in ("test", "bench") or getattr(options, "report", False)):
         _parser().error(f"unknown arguments: {' '.join(rest)}")
     try:
         environment = prepare(options.comfy, options.python)
         if options.command == "test":
             return _test(environment, rest)
+        if options.command == "bench":
+            return _bench(environment, options.report, rest)
         if options.command == "lint":
             return _lint(environment)
         return _demo(environment, options)
@@ -58,6 +60,17 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         help="the test suite; further arguments go to pytest",
     )
+    bench = commands.add_parser(
+        "bench",
+        parents=[shared],
+        allow_abbrev=False,
+        help="rows of the benchmark; further arguments go to benchmarks/run.py",
+        epilog="Further arguments, such as --scenarios, --systems and --dry-run, go to "
+        "benchmarks/run.py, whose --help explains them.",
+    )
+    bench.add_argument(
+        "--report", action="store_true", help="write docs/performance.md from the committed rows"
+    )
     commands.add_parser("lint", parents=[shared], allow_abbrev=False, help="ruff and mypy")
     return parser
 
@@ -74,6 +87,14 @@ def _test(environment: Environment, arguments: list[str]) -> int:
     where = [] if chosen else ["tests"]
     report = f"--junitxml={WORK / 'junit.xml'}"
     return _run(environment, ["-m", "pytest", "-c", "tests/pytest.ini", report, *where, *arguments])
+
+
+def _bench(environment: Environment, report: bool, arguments: list[str]) -> int:
+    if report:
+        return _run(environment, [str(ROOT / "benchmarks" / "report.py")])
+    os.environ["BLADE_BENCH_PROGRAM"] = "dev.py bench"  # a row says how it was made
+    program = str(ROOT / "benchmarks" / "run.py")
+    return _run(environment, [program, "--comfy", str(environment.host), *arguments])
 
 
 def _lint(environment: Environment) -> int:

@@ -1,38 +1,138 @@
-"""UNets of the real shapes with random weights, through the host's real loader.
+"""Models of the real shapes with random weights, through the host's real loaders.
 
 Speed does not depend on the values of weights; fidelity is judged against stock with the same.
 """
 
+import functools
 import math
 from typing import Any
 
 import torch
 
-from devtools.fixture_weights import UNETS
+from devtools import fixture_weights
 
-_SHAPES = {
-    **UNETS,
-    "sd15-dry": UNETS["sd15"],
-    "sdxl-dry": UNETS["sdxl"],
-}
+_RANK = 32
+_LORA_STRENGTH = 0.05  # a LoRA's product has about a tenth of the weight's own spread
+
+
+def unet_config(name: str) -> dict[str, Any]:
+    """The configuration of a UNet, with lists that the host's constructors may consume."""
+    config = fixture_weights.UNETS[name.removesuffix("-dry")]
+    return {key: list(v) if isinstance(v, list) else v for key, v in config.items()}
+
+
+def meta_unet(name: str) -> Any:
+    """The UNet without weights."""
+    from comfy import ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    with torch.device("meta"):
+        return UNetModel(
+            **unet_config(name), operations=ops.disable_weight_init, dtype=torch.float16
+        )
+
+
+def meta_controlnet(name: str) -> Any:
+    """The ControlNet of that UNet without weights."""
+    from comfy import ops
+    from comfy.cldm.cldm import ControlNet
+
+    config = unet_config(name)
+    del config["out_channels"]
+    with torch.device("meta"):
+        return ControlNet(
+            **config,
+            hint_channels=3,
+            operations=ops.disable_weight_init,
+            dtype=torch.float16,
+            device="meta",
+        )
+
+
+def meta_vae(name: str) -> Any:
+    """The VAE without weights; the only small one that the host's loader takes is TAESD."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+    from comfy.taesd.taesd import TAESD
+
+    with torch.device("meta"):
+        if name.endswith("-dry"):
+            return TAESD()
+        return AutoencoderKL(ddconfig=fixture_weights._VAE, embed_dim=4)
 
 
 def load_model(name: str, device: torch.device, seed: int = 0) -> Any:
     """Return a ModelPatcher as the host's loader makes it from a UNet file, in fp16 on CUDA."""
-    from comfy import ops, sd
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy import sd
 
-    config = {k: list(v) if isinstance(v, list) else v for k, v in _SHAPES[name].items()}
-    with torch.device("meta"):
-        unet = UNetModel(**config, operations=ops.disable_weight_init, dtype=torch.float16)
-    generator = torch.Generator(device).manual_seed(seed)
-    weights = {
-        f"model.diffusion_model.{key}": _random(key, meta, generator)
-        for key, meta in unet.state_dict().items()
-    }
+    weights = _fill(meta_unet(name), "model.diffusion_model.", device, seed)
     model = sd.load_diffusion_model_state_dict(weights)
     assert model is not None, f"the host does not recognise the UNet {name}"
     return model
+
+
+def load_controlnet(name: str, device: torch.device, seed: int) -> Any:
+    """Return a ControlNet as the host's loader makes it from a file of the original format."""
+    from comfy import controlnet
+
+    weights = _fill(meta_controlnet(name), "control_model.", device, 1000 + seed)
+    return controlnet.load_controlnet_state_dict(weights)
+
+
+def load_vae(name: str, device: torch.device) -> Any:
+    """Return a VAE as the host's loader makes it from a VAE file."""
+    from comfy import sd
+
+    weights = _fill(meta_vae(name), "", device, 0)
+    if "vae_scale" in weights:  # TAESD's constants, no weights
+        weights["vae_scale"], weights["vae_shift"] = torch.tensor(1.0), torch.tensor(0.0)
+    return sd.VAE(sd=weights)
+
+
+@functools.cache
+def lora_file(name: str, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    """What reading a LoRA file gives: every attention, feed-forward and projection weight.
+
+    Keys are those of kohya's trainer: 384 for SD1.5, 1,444 for SDXL.
+    """
+    from comfy.utils import unet_to_diffusers
+
+    shapes = meta_unet(name).state_dict()
+    generator = torch.Generator(device).manual_seed(2000 + seed)
+    result: dict[str, torch.Tensor] = {}
+    # Sorted: the host makes this map from sets, whose order differs from process to process.
+    for trainer_name, own_name in sorted(unet_to_diffusers(unet_config(name)).items()):
+        weight = shapes.get(own_name)
+        if ".attentions." not in trainer_name or weight is None or weight.ndim < 2:
+            continue
+        if ".norm" in trainer_name:
+            continue
+        rows, columns, *kernel = weight.shape
+        key = "lora_unet_" + trainer_name.removesuffix(".weight").replace(".", "_")
+        down = torch.randn(_RANK, columns, *kernel, generator=generator, device=device)
+        up = torch.randn(rows, _RANK, *(1 for _ in kernel), generator=generator, device=device)
+        down /= math.sqrt(columns)
+        up *= _LORA_STRENGTH / math.sqrt(_RANK)
+        result[f"{key}.lora_down.weight"] = down.cpu()
+        result[f"{key}.lora_up.weight"] = up.cpu()
+    return result
+
+
+def with_loras(model: Any, name: str, device: torch.device, seeds: range, strength: float) -> Any:
+    """`model` after a chain of stock LoRA loaders, whose files are in memory already."""
+    from comfy import sd
+
+    for seed in seeds:
+        model, _ = sd.load_lora_for_models(
+            model, None, dict(lora_file(name, device, seed)), strength, 0.0
+        )
+    return model
+
+
+def _fill(module: Any, prefix: str, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return {
+        prefix + key: _random(key, meta, generator) for key, meta in module.state_dict().items()
+    }
 
 
 def _random(key: str, meta: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -1,35 +1,116 @@
-"""What is measured: one frozen row a scenario, and the real models' shapes."""
+"""What is measured. A scenario is its name: any size, batch and steps can be asked for."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+
+DEFAULT_STEPS = 20
+_IMAGE = re.compile(r"(sd15|sdxl)-(\d+)-b(\d+)(?:-s(\d+))?(?:-cn(\d+))?(?:-lora(\d+))?")
+_VAE = re.compile(r"vae-(\d+)-b(\d+)")
+_SWITCH = re.compile(r"lora-(switch|strength)-(sd15|sdxl)-(\d+)")
+_NATIVE = {"sd15": 512, "sdxl": 1024}
+
+FORMS = """\
+{sd15,sdxl}-SIZE-bBATCH[-sSTEPS][-cnCONTROLNETS][-loraLORAS]  a sampling run; with -s only images
+vae-SIZE-bBATCH                                               one decode
+lora-{switch,strength}-{sd15,sdxl}-LORAS                      another LoRA stack, other strengths
+main, grid-sd15, grid-sdxl, table-NAME, switches, vae         the groups of them"""
+
+TABLE_STEPS = (20, 50, 100)
+TABLE_COLUMNS = {"": "none", "-lora2": "+2 LoRAs", "-cn1": "ControlNet"}
+"""The published table: these steps, and what stands behind the scenario's name."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A sampling run. `size` is the image's edge in pixels; the latent's is an eighth."""
+    """One measurement. `size` is the image's edge in pixels; the latent's is an eighth."""
 
     name: str
+    kind: str
+    """`image`, `vae`, `switch` or `strength`."""
     model: str
     size: int
-    batch: int
-    steps: int = 20
+    batch: int = 1
+    steps: int = DEFAULT_STEPS
+    images_only: bool = False
+    """Whether only whole images are timed, as for the published table."""
+    controlnets: int = 0
+    loras: int = 0
     cfg: float = 7.0
     tokens: int = 77
 
+    @property
+    def shape(self) -> tuple[str, str, int, int]:
+        """What scenarios have in common that can share compiled graphs."""
+        kind = "image" if self.kind in ("switch", "strength") else self.kind
+        return kind, self.model, self.size, self.batch
 
-SCENARIOS = {
-    scenario.name: scenario
-    for scenario in (
-        Scenario("sd15-512-b1", "sd15-full", 512, 1),
-        Scenario("sd15-512-b8", "sd15-full", 512, 8),
-        Scenario("sdxl-1024-b1", "sdxl-full", 1024, 1),
-        Scenario("sdxl-1024-b4", "sdxl-full", 1024, 4),
-    )
-}
-# Tiny models on the CPU: every line of the benchmark runs, no figure means anything.
-DRY = {
-    scenario.name: scenario
-    for scenario in (
-        Scenario("sd15-512-b1", "sd15-dry", 128, 1, steps=3),
-        Scenario("sdxl-1024-b1", "sdxl-dry", 128, 1, steps=3),
-    )
+    @property
+    def edge(self) -> int:
+        """The latent's edge."""
+        return self.size // 8
+
+    def tiny(self) -> "Scenario":
+        """The same on tiny models: every line runs on a CPU, no figure means anything."""
+        small = {"size": 64, "batch": min(self.batch, 2), "steps": min(self.steps, 4)}
+        return replace(self, model=self.model.replace("-full", "-dry"), **small)  # type: ignore[arg-type]
+
+
+def parse(name: str) -> Scenario:
+    """Return the scenario of a name.
+
+    Raises:
+        ValueError: no form fits the name.
+    """
+    if found := _IMAGE.fullmatch(name):
+        model, size, batch, steps, controlnets, loras = found.groups()
+        scenario = Scenario(
+            name,
+            "image",
+            f"{model}-full",
+            int(size),
+            int(batch),
+            steps=int(steps or DEFAULT_STEPS),
+            images_only=steps is not None,
+            controlnets=int(controlnets or 0),
+            loras=int(loras or 0),
+        )
+    elif found := _VAE.fullmatch(name):
+        scenario = Scenario(name, "vae", "vae-full", int(found[1]), int(found[2]))
+    elif found := _SWITCH.fullmatch(name):
+        kind, model, loras = found.groups()
+        scenario = Scenario(name, kind, f"{model}-full", _NATIVE[model], loras=int(loras))
+    else:
+        raise ValueError(f"there is no scenario {name!r}; names have one of the forms\n{FORMS}")
+    if scenario.size % 64 or not scenario.size or not scenario.batch or scenario.steps < 4:
+        raise ValueError(f"{name!r}: sizes are multiples of 64, batches 1 or more, steps 4 or more")
+    return scenario
+
+
+def expand(names: str) -> list[Scenario]:
+    """The scenarios of a comma list of names and groups, each once."""
+    found = [part for name in names.split(",") for part in _group(name.strip())]
+    return [parse(name) for name in dict.fromkeys(found)]
+
+
+def _group(name: str) -> list[str]:
+    if name.startswith("table-"):
+        image = name.removeprefix("table-")
+        return [f"{image}-s{steps}{more}" for more in TABLE_COLUMNS for steps in TABLE_STEPS]
+    return _GROUPS.get(name, [name])
+
+
+def sweep(model: str) -> tuple[list[str], list[str]]:
+    """The grid of a model: batches at its own size, and sizes at batch 1."""
+    native = _NATIVE[model]
+    sizes = (512, 768, 1024) if model == "sd15" else (768, 1024, 1536)
+    batches = [f"{model}-{native}-b{batch}" for batch in (1, 2, 4, 8)]
+    return batches, [f"{model}-{size}-b1" for size in sizes]
+
+
+_GROUPS = {
+    "main": ["sd15-512-b1", "sdxl-1024-b1"],
+    "grid-sd15": [name for part in sweep("sd15") for name in part],
+    "grid-sdxl": [name for part in sweep("sdxl") for name in part],
+    "switches": ["lora-switch-sd15-5", "lora-switch-sdxl-5", "lora-strength-sdxl-5"],
+    "vae": ["vae-512-b1", "vae-1024-b1"],
 }

@@ -2,7 +2,22 @@
 
 import ast
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
+
+Apply = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class System:
+    """What is put on a model, and what the host is started with."""
+
+    apply: Apply
+    arguments: tuple[str, ...] = ()
+    dynamo: bool = False
+    """Whether torch.compile guards its graphs: another shape must not make them dynamic."""
+    allocator: str = "stock"
+    """The allocator that it needs, where the host's choice does not work with it."""
 
 
 def eager(model: Any) -> Any:
@@ -10,12 +25,33 @@ def eager(model: Any) -> Any:
     return model
 
 
-def torch_compile(model: Any) -> Any:
+def torch_compile(model: Any, **options: Any) -> Any:
     """What the stock node TorchCompileModel does, through the host's own helper."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     clone = model.clone()
-    set_torch_compile_wrapper(model=clone, backend="inductor")
+    set_torch_compile_wrapper(model=clone, backend="inductor", **options)
+    return clone
+
+
+def torch_compile_max(model: Any) -> Any:
+    """The same with the kernels' tuning that takes longest."""
+    return torch_compile(model, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
+def reduce_overhead(model: Any) -> Any:
+    """The best public recipe: the whole UNet channels-last, compiled with CUDA graphs."""
+    import torch
+    from comfy.patcher_extension import WrappersMP
+
+    def new_step(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Nothing of the step before is needed: its CUDA graphs may use their memory again.
+        torch.compiler.cudagraph_mark_step_begin()
+        return executor(*args, **kwargs)
+
+    model.model.diffusion_model.to(memory_format=torch.channels_last)
+    clone = torch_compile(model, mode="reduce-overhead", dynamic=False)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "benchmark.step", new_step)
     return clone
 
 
@@ -25,6 +61,11 @@ def blade(model: Any, **options: Any) -> Any:
     from blade.blade_core.host.model import optimize_model
 
     return optimize_model(model, OptimizeConfig(**{"on_failure": "error", **options}))
+
+
+def blade_uncaptured(model: Any) -> Any:
+    """The same without CUDA graphs: every kernel is launched from Python."""
+    return blade(model, capture=False)
 
 
 def blade_frozen(model: Any) -> Any:
@@ -37,21 +78,48 @@ def blade_traced(model: Any) -> Any:
     return blade(model, backend="eager")
 
 
-SYSTEMS: dict[str, Callable[[Any], Any]] = {
-    "eager": eager,
-    "torch-compile": torch_compile,
-    "blade": blade,
-    "blade-frozen": blade_frozen,
-    "blade-traced": blade_traced,
+SYSTEMS: dict[str, System] = {
+    "eager": System(eager),
+    "torch-compile": System(torch_compile, dynamo=True),
+    "torch-compile-max": System(torch_compile_max, dynamo=True),
+    # CUDA graph trees know no checkpoints of cudaMallocAsync, the host's choice on most GPUs.
+    "reduce-overhead": System(reduce_overhead, dynamo=True, allocator="native"),
+    "blade": System(blade),
+    "blade-uncaptured": System(blade_uncaptured),
+    "blade-frozen": System(blade_frozen),
+    "blade-traced": System(blade_traced),
 }
 
 
-def find_system(name: str) -> Callable[[Any], Any]:
-    """Return a system by name; `blade:option=True` is Blade with one Inductor option changed."""
+def find_system(name: str) -> System:
+    """Return a system by name.
+
+    `NAME-fast` is the same on a host that was started with `--fast`; `blade:option=True` is
+    Blade with one Inductor option changed.
+
+    Raises:
+        ValueError: there is no such system.
+    """
     base, _, option = name.partition(":")
-    if option:
+    plain = base.removesuffix("-fast")
+    if plain not in SYSTEMS or (option and not plain.startswith("blade")):
+        raise ValueError(
+            f"there is no system {name!r}; known are {', '.join(SYSTEMS)}, each also with -fast "
+            "behind it, and blade:INDUCTOR_OPTION=VALUE"
+        )
+    system = SYSTEMS[plain]
+    if base != plain:
+        system = replace(system, arguments=("--fast",))
+    return replace(system, apply=_with_option(system.apply, option)) if option else system
+
+
+def _with_option(apply: Apply, option: str) -> Apply:
+    key, _, value = option.partition("=")
+
+    def changed(model: Any) -> Any:
         from blade.blade_core.backends import inductor
 
-        key, _, value = option.partition("=")
         inductor._OPTIONS[key] = ast.literal_eval(value)
-    return SYSTEMS[base]
+        return apply(model)
+
+    return changed

@@ -7,8 +7,10 @@ is free again for the next.
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 
 from .counters import Counters
-from .errors import CaptureFailed, first_line, is_out_of_memory
+from .errors import CaptureFailed, first_line, is_cancel, is_out_of_memory
 from .log import warn_once
 from .recorder import Recorder
 
@@ -82,6 +84,10 @@ class CapturePool:
     def __len__(self) -> int:
         return len(self._captures)
 
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.clear()  # with its owner
+
     @property
     def nbytes(self) -> int:
         return sum(capture.nbytes for capture in list(self._captures.values()))
@@ -115,14 +121,14 @@ class CapturePool:
         start = time.perf_counter()
         self.last_used = next(self._budget.clock)
         try:
-            capture = self._captures[key] = self._record(work, inputs, like)
+            self._captures[key] = self._record(work, inputs, like)
             if not self._budget.make_room(self) and len(self) > 1:
-                self.clear()  # a pool gives memory back only as a whole
-                capture = self._captures[key] = self._record(work, inputs, like)
+                self.clear(unseen=1)  # a pool gives memory back only as a whole
+                self._captures[key] = self._record(work, inputs, like)
         except BaseException as error:
-            self.clear()
-            if not isinstance(error, RuntimeError):
-                raise  # a cancel, or no fault of the capture
+            self.clear(unseen=int(key in self._captures))
+            if not isinstance(error, Exception) or is_cancel(error):
+                raise
             transient = is_out_of_memory(error)
             reason = "out of memory" if transient else first_line(error)
             message = f"its CUDA graph could not be captured: {reason}"
@@ -130,17 +136,17 @@ class CapturePool:
                 self._refused[key] = message
             raise CaptureFailed(message, transient=transient) from error
         if self._budget.exceeded():
-            message = self._budget.too_small(capture.nbytes)
-            self.clear()
+            message = self._budget.too_small(self._captures[key].nbytes)
+            self.clear(unseen=1)
             self._refused[key] = message
             raise CaptureFailed(message, transient=True)
         self._budget.counters.add("captures")
         self._budget.counters.add_capture_seconds(time.perf_counter() - start)
-        return capture
+        return self._captures[key]
 
-    def clear(self) -> None:
-        """Drop every capture; their memory goes back to where it came from."""
-        self._budget.counters.add("captures_dropped", len(self._captures))
+    def clear(self, *, unseen: int = 0) -> None:
+        """Drop every capture, `unseen` of which nobody was told of; their memory goes back."""
+        self._budget.counters.add("captures_dropped", len(self._captures) - unseen)
         self._captures.clear()
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
@@ -183,6 +189,10 @@ class CapturePool:
         return found
 
 
+_MOST_RECORDINGS = 2
+"""Of one key in a run. Two forms that do not fit together would drop each other at each step."""
+
+
 class Replayer:
     """Runs work launch by launch the first time in a run, and from its capture after that."""
 
@@ -192,6 +202,7 @@ class Replayer:
         self._strict = strict
         self._forms: dict[Hashable, torch.Tensor | None] = {}  # of results; None: never record
         self._waited: dict[Hashable, int] = {}
+        self._recorded: Counter[Hashable] = Counter()
 
     def replay(self, key: Hashable, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Replay what was captured as `key`, if it was."""
@@ -212,7 +223,11 @@ class Replayer:
         if result is not None:
             return result
         form = self._forms.get(key)
-        if form is not None:
+        if form is not None and self._recorded[key] == _MOST_RECORDINGS:
+            # Recording at every step would cost more than it gives.
+            self._never(key, "captures of this run do not fit into BLADE_CAPTURE_MIB together")
+        elif form is not None:
+            self._recorded[key] += 1
             try:
                 return self._pool.record(key, work, inputs, form)(inputs)
             except CaptureFailed as error:

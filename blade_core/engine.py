@@ -12,7 +12,14 @@ from .backends import BACKENDS, Backend
 from .cache import WAIT_SECONDS, GraphCache
 from .config import OptimizeConfig, graph_cache_bytes
 from .counters import Counters
-from .errors import BackendUnavailable, CompileFailed, first_line, is_disk_full, is_out_of_memory
+from .errors import (
+    BackendUnavailable,
+    CompileFailed,
+    first_line,
+    is_cancel,
+    is_disk_full,
+    is_out_of_memory,
+)
 from .graph import Graph, GraphRequest
 from .key import GraphKey, allow_tf32
 from .log import logger, warn_once
@@ -107,7 +114,7 @@ class Engine:
         except CompileFailed:
             raise
         except Exception as error:  # whatever a compiler raises, stock ComfyUI would not have
-            if _is_cancel(error):
+            if is_cancel(error):
                 raise
             raise _failure(backend.name, request, error) from error
         seconds = time.perf_counter() - start
@@ -156,11 +163,6 @@ def _failure(backend: str, request: GraphRequest, error: Exception) -> CompileFa
             transient=True,
         )
     return CompileFailed(f"{backend} could not compile {label}: {first_line(error)}")
-
-
-def _is_cancel(error: BaseException) -> bool:
-    """A user's cancel is a plain Exception on hosts before 0.20; only its name tells it."""
-    return type(error).__name__ == "InterruptProcessingException"
 
 
 def _cannot(chosen: str, reasons: dict[str, str]) -> str:

@@ -69,6 +69,11 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
+def is_cancel(error: BaseException) -> bool:
+    """A user's cancel is a plain Exception on hosts before 0.20; only its name tells it."""
+    return type(error).__name__ == "InterruptProcessingException"
+
+
 def first_line(error: BaseException) -> str:
     """Type and first line of `error`: compilers append pages of generated code."""
     text = str(error).strip().splitlines()

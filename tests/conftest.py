@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-_MARKS = ("unit", "host", "server", "gpu")
+_MARKS = ("unit", "host", "server", "bench", "gpu")
 
 
 # By path: the folder that holds it must not be on sys.path.
@@ -17,6 +17,7 @@ _package = runpy.run_path(str(ROOT / "devtools" / "pack.py"))["register_package"
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 _package("blade", ROOT)
 _package("blade_tests", ROOT / "tests")  # for what several test files share
+_package("benchmarks", ROOT / "benchmarks")
 _devtools = _package("devtools", ROOT / "devtools")
 assert _devtools.__spec__ is not None and _devtools.__spec__.loader is not None
 _devtools.__spec__.loader.exec_module(_devtools)

@@ -31,7 +31,7 @@ from .patches import UNPATCHED, Patched, read_patches
 from .progress import CompileProgress
 from .projections import Projections
 from .step import foreign_code, not_capturable, outer_modules, read_call, replaced_by_others
-from .weights import ChannelsLast, Watch, parameter_slots
+from .weights import ChannelsLast, Watch, parameter_slots, when_freed
 
 _CONTAINERS = (("input_blocks", "input"), ("middle_block", "middle"), ("output_blocks", "output"))
 
@@ -64,6 +64,7 @@ class OptimizedUNet:
         self._pool = CapturePool(budget)
         self._projections = Projections()
         self._captured_with: tuple[Any, ...] = ()
+        self._guard: object | None = None
         self._replayer: Replayer | None = None
         self._outside: str | None = None
         self._replays = 0
@@ -182,8 +183,7 @@ class OptimizedUNet:
     def drop_captures(self) -> None:
         """The host takes the model off the GPU: its captures go too."""
         with self._lock:
-            self._pool.clear()
-            self._projections.clear()
+            _drop(self._pool, self._projections)
 
     def _run_block(
         self,
@@ -274,9 +274,10 @@ class OptimizedUNet:
             self._watch.addresses,
         )
         if baked != self._captured_with:
-            self._pool.clear()
-            self._projections.clear()
+            _drop(self._pool, self._projections)
             self._captured_with = baked
+            pool, projections = self._pool, self._projections
+            self._guard = when_freed(self._watch.first, lambda: _drop(pool, projections))
 
     def _moved(self, x: torch.Tensor) -> bool:
         """Whether the run has to begin anew: weights moved, or the call came from elsewhere."""
@@ -320,6 +321,11 @@ def _blocks(unet: Any) -> list[nn.Module]:
     """The blocks in the order of OptimizedUNet.blocks."""
     middle = [] if unet.middle_block is None else [unet.middle_block]
     return [*unet.input_blocks, *middle, *unet.output_blocks]
+
+
+def _drop(pool: CapturePool, projections: Projections) -> None:
+    pool.clear()
+    projections.clear()
 
 
 def _stream(device: torch.device) -> int:

@@ -8,7 +8,9 @@ checkpoint) is seen without asking. Weights that the host keeps elsewhere or pat
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.ops
@@ -127,9 +129,10 @@ class ChannelsLast:
     """
 
     def __init__(self) -> None:
-        self._changed: list[tuple[torch.Tensor, tuple[int, ...]]] = []
+        self._changed: list[_Change] = []
 
     def apply(self, weights: Iterable[torch.Tensor], device: torch.device) -> None:
+        done = set()
         for weight in weights:
             if (
                 weight.ndim == 4
@@ -138,24 +141,40 @@ class ChannelsLast:
                 and weight.is_contiguous()
                 and not weight.is_contiguous(memory_format=torch.channels_last)
             ):
-                stride = weight.stride()
-                _rearrange(weight, weight.to(memory_format=torch.channels_last))
-                self._changed.append((weight, stride))
+                change = _Change(weight, weight.stride(), weight.data_ptr())
+                values = weight.to(memory_format=torch.channels_last)
+                _restride(weight, values.stride())
+                if change.address not in done:  # tied weights share their memory
+                    weight.data.copy_(values)
+                    done.add(change.address)
+                    change.owns_memory = True
+                self._changed.append(change)
 
     def restore(self) -> None:
         while self._changed:  # one by one: if memory runs out, the next call goes on from there
-            weight, stride = self._changed[-1]
-            if weight.stride() != stride:  # else the host has replaced the data meanwhile
-                _rearrange(weight, weight.contiguous())
+            change = self._changed[-1]
+            weight = change.weight
+            if weight.is_contiguous(memory_format=torch.channels_last):
+                values = weight.contiguous()
+                if weight.data_ptr() != change.address:  # the host has moved it meanwhile
+                    weight.data = values
+                else:
+                    _restride(weight, change.stride)
+                    if change.owns_memory:
+                        weight.data.copy_(values)
             self._changed.pop()
 
 
-def _rearrange(weight: torch.Tensor, values: torch.Tensor) -> None:
-    """Write `values`, which are those of `weight` in other strides, over its own memory."""
-    data = weight.data
-    data = data.as_strided(data.shape, values.stride(), data.storage_offset())
-    data.copy_(values)
-    weight.data = data
+@dataclass
+class _Change:
+    weight: torch.Tensor
+    stride: tuple[int, ...]
+    address: int
+    owns_memory: bool = False
+
+
+def _restride(weight: torch.Tensor, stride: tuple[int, ...]) -> None:
+    weight.data = weight.data.as_strided(weight.shape, stride)
 
 
 class Watch:
@@ -177,12 +196,28 @@ class Watch:
     def stop(self) -> None:
         self._slots, self._tensors, self.addresses = [], [], []
 
+    @property
+    def first(self) -> torch.Tensor:
+        return self._tensors[0]
+
     def moved(self) -> bool:
-        now = [tensors[key] for tensors, key in self._slots]
+        now = [tensors.get(key) for tensors, key in self._slots]
         return (
             not all(map(operator.is_, now, self._tensors))
-            or [tensor.data_ptr() for tensor in now] != self.addresses
+            or [tensor.data_ptr() for tensor in self._tensors] != self.addresses
         )
+
+
+def when_freed(tensor: torch.Tensor, callback: Callable[[], None]) -> object | None:
+    """Call `callback` once the memory of `tensor` is given up, as long as the result is kept.
+
+    The host tells no one but the patcher that loaded a model when it takes it off the GPU. None
+    where torch gives a storage no Python object that lasts (before 2.1).
+    """
+    lasting = weakref.ref(tensor.untyped_storage())
+    if lasting() is None:
+        return None
+    return weakref.ref(tensor.untyped_storage(), lambda _: callback())
 
 
 def in_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +10,18 @@ import torch
 
 if torch.cuda.is_available() and "comfy" not in sys.modules:
     os.environ["BLADE_TEST_DEVICE"] = "cuda:0"
-    from blade_tests.host.conftest import session  # noqa: F401
     from blade_tests.host.tiny import SD15, SDXL, make_model
+
+    from blade.blade_core import log
+    from blade.blade_core.host import model as blade_model
+
+    @pytest.fixture
+    def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[blade_model.Session]:
+        """A session of this test's own, so that counters and cache start empty."""
+        fresh = blade_model.Session()
+        log.forget_said()
+        monkeypatch.setattr(blade_model, "session", lambda: fresh)
+        yield fresh
 
     @pytest.fixture(params=["sd15", "sdxl"])
     def model(request: pytest.FixtureRequest) -> Any:

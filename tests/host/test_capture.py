@@ -346,3 +346,13 @@ def test_thirty_prompts_at_random(session: Session) -> None:
         assert relative_rms(actual, sample(model, **options)) <= BOUND, options
     assert session.engine.counters["blocks_eager"] == 0
     assert session.engine.counters["replays"] >= 30
+
+
+def test_memory_comes_back_when_the_host_frees_the_weights(session: Session, sd15: Any) -> None:
+    """Whichever patcher does it: the clone that was optimized may be gone by then."""
+    sample(optimize_model(sd15, EAGER), steps=3)
+    assert session.captures.used() > 0
+    with session.engine.counters.expect(captures_dropped=1):
+        for parameter in sd15.model.diffusion_model.parameters():
+            parameter.data = parameter.data.clone()
+    assert session.captures.used() == 0

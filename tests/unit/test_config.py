@@ -1,13 +1,20 @@
-"""The dials: defaults, what is refused and how, and the byte budget of the cache."""
+"""The dials: defaults, what is refused and how, and the byte budgets of cache and captures."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
 from blade.blade_core.backends import BACKENDS as IMPLEMENTED
-from blade.blade_core.config import BACKENDS, ON_FAILURE, OptimizeConfig, graph_cache_bytes
+from blade.blade_core.config import (
+    BACKENDS,
+    ON_FAILURE,
+    OptimizeConfig,
+    capture_bytes,
+    graph_cache_bytes,
+)
 from blade.blade_core.engine import Engine
 from blade.blade_core.errors import InvalidChoice
 
@@ -20,8 +27,9 @@ def test_defaults() -> None:
 
 
 def test_every_choice_is_valid() -> None:
-    configs = {OptimizeConfig(b, f, o) for b in BACKENDS for f in (True, False) for o in ON_FAILURE}
-    assert len(configs) == len(BACKENDS) * 2 * len(ON_FAILURE)  # usable as keys, all different
+    flags = (True, False)
+    choices = list(itertools.product(BACKENDS, flags, ON_FAILURE, flags))
+    assert len({OptimizeConfig(*c) for c in choices}) == len(choices)  # as keys, all different
 
 
 def test_every_backend_can_be_chosen() -> None:
@@ -68,5 +76,29 @@ def test_an_impossible_budget_is_refused(text: str, monkeypatch: pytest.MonkeyPa
         graph_cache_bytes()
     assert str(caught.value) == (
         f"BLADE_GRAPH_CACHE_MIB is {text!r}; expected a whole number of MiB above 0. "
+        "Unset it, or set it for example to 4096."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "mib"), [(None, None), ("0", 0), ("00", 0), ("1", 1), ("0512", 512)]
+)
+def test_capture_budget(text: str | None, mib: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BLADE_CAPTURE_MIB", raising=False)
+    monkeypatch.setenv("BLADE_GRAPH_CACHE_MIB", "7")  # another dial
+    if text is not None:
+        monkeypatch.setenv("BLADE_CAPTURE_MIB", text)
+    assert capture_bytes() == (None if mib is None else mib * 2**20)
+
+
+@pytest.mark.parametrize("text", ["-1", "", " ", "1.5", "4 GiB", "1e3", "off"])
+def test_an_impossible_capture_budget_is_refused(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLADE_CAPTURE_MIB", text)
+    with pytest.raises(InvalidChoice) as caught:
+        capture_bytes()
+    assert str(caught.value) == (
+        f"BLADE_CAPTURE_MIB is {text!r}; expected a whole number of MiB. "
         "Unset it, or set it for example to 4096."
     )

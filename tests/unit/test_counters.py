@@ -30,6 +30,18 @@ def test_adding() -> None:
     assert snapshot["runs"] == 1  # a copy
 
 
+def test_captures_are_counted_and_timed_apart() -> None:
+    counters = Counters()
+    for name in ("captures", "captures_dropped", "replays"):
+        counters.add(name, 2)
+    counters.add_capture_seconds(0.25)
+    counters.add_capture_seconds(0.1256)
+    counters.add_compile_seconds(8)
+    snapshot = counters.snapshot()
+    assert [snapshot[n] for n in ("captures", "captures_dropped", "replays")] == [2, 2, 2]
+    assert (snapshot["capture_seconds"], snapshot["compile_seconds"]) == (0.376, 8)
+
+
 def test_an_unknown_name_is_an_error() -> None:
     counters = Counters()
     with pytest.raises(KeyError):
@@ -45,10 +57,12 @@ def test_no_count_is_lost_between_threads() -> None:
         for _ in range(500):
             counters.add("runs")
             counters.add_compile_seconds(1)
+            counters.add_capture_seconds(2)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add, range(8)))
     assert (counters["runs"], counters.snapshot()["compile_seconds"]) == (4000, 4000)
+    assert counters.snapshot()["capture_seconds"] == 8000
 
 
 def test_expect_looks_at_the_block_only() -> None:

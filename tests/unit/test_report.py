@@ -34,6 +34,10 @@ def model(*blocks: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "freeze_weights": False,
         "on_failure": "fallback",
         "runs_as_stock": None,
+        "captures": 0,
+        "capture_mib": 0.0,
+        "replays": 0,
+        "not_captured": [],
         "blocks": list(blocks),
         **changes,
     }
@@ -86,6 +90,35 @@ def test_a_model_that_runs_as_stock() -> None:
         "",
         "- runs as stock: gradients are enabled",
     ]
+
+
+def test_captures_are_counted() -> None:
+    middle = block("middle_block", "compiled")
+    assert text_of(model(middle, captures=2, capture_mib=1530.6, replays=19))[3:] == [
+        "- CUDA graphs 2 (1531 MiB), whole steps replayed in the last run 19",
+        "- 1 blocks: 1 compiled",
+    ]
+
+
+def test_what_is_not_captured_is_said() -> None:
+    """Beside the pieces that are, if there are any."""
+    middle = block("middle_block", "compiled")
+    reasons = ["another node's wrapper runs inside the call", "the host passes time_context"]
+    said = f"- not one CUDA graph: {'; '.join(reasons)}"
+    lines = text_of(model(middle, not_captured=reasons))
+    assert lines[3:] == [said, "- 1 blocks: 1 compiled"]
+    lines = text_of(model(middle, not_captured=reasons, captures=9, capture_mib=3.4))
+    assert lines[3:] == [
+        "- CUDA graphs 9 (3 MiB), whole steps replayed in the last run 0",
+        said,
+        "- 1 blocks: 1 compiled",
+    ]
+
+
+def test_a_model_that_runs_as_stock_says_nothing_of_captures() -> None:
+    """They are of an earlier run."""
+    stock = model(runs_as_stock="gradients are enabled", captures=2, not_captured=["a patch"])
+    assert text_of(stock)[3:] == ["- runs as stock: gradients are enabled"]
 
 
 def test_frozen_weights_are_said() -> None:

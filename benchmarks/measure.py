@@ -1,0 +1,217 @@
+"""The three kinds of measurement, each a function of a scenario that gives a row's fields."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.device import Memory, Trace, synchronize
+from benchmarks.flops import tflop_per_step
+from benchmarks.models import load_vae, with_loras
+from benchmarks.rows import Row
+from benchmarks.sampling import Conditioning, Runner
+from benchmarks.scenarios import Scenario
+from benchmarks.systems import System
+
+_DECODES = 10
+_SWITCHES = 3
+_STRENGTHS = (1.0, 0.7)
+
+
+class Bench:
+    """Measures scenarios with one system in this process."""
+
+    def __init__(
+        self, system: System, device: torch.device, references: Path, *, is_reference: bool
+    ) -> None:
+        self.system, self.device = system, device
+        self._references, self._is_reference = references, is_reference
+        self._used_before = Memory(device).before
+        self._stock: dict[str, Any] = {}
+        self._last_shape: tuple[Any, ...] | None = None
+
+    def measure(self, scenario: Scenario) -> Row:
+        """Return the fields of a scenario's row."""
+        self._clear(scenario)
+        memory = Memory(self.device, self._used_before)
+        blade_before = _blade_counters()
+        row: Row = {"cold": self._last_shape is None, "warnings": None}
+        self._last_shape = scenario.shape
+        if scenario.kind == "image":
+            row |= self._images(scenario, memory)
+        elif scenario.kind == "vae":
+            row |= self._decodes(scenario, memory)
+        else:
+            row |= self._switches(scenario, memory)
+        return row | _blade_fields(blade_before)
+
+    def _clear(self, scenario: Scenario) -> None:
+        """Leave nothing of the scenario before, except compiled graphs of the same shape."""
+        import comfy.model_management
+
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
+        if self.system.dynamo and self._last_shape not in (None, scenario.shape):
+            torch.compiler.reset()  # or Dynamo would make the next shape's graphs dynamic
+
+    def _images(self, scenario: Scenario, memory: Memory) -> Row:
+        model = self._patched(scenario, range(scenario.loras), 1.0)
+        run = Runner(model, scenario, Conditioning(scenario, self.device), self.device)
+        first, warm = run(), run()
+        more = [run() for _ in range(3 if scenario.steps <= 20 else 2)]
+        step_ms = sorted(ms for one in more for ms in one.step_ms[1:])
+        row: Row = {
+            "step_ms": round(statistics.median(step_ms), 3),
+            "step_ms_p90": round(step_ms[int(0.9 * len(step_ms))], 3),
+            "first_image_s": round(first.seconds, 3),
+            "warm_first_image_s": round(warm.seconds, 3),
+            "image_s": round(statistics.median(one.seconds for one in (warm, *more)), 3),
+            "steps": scenario.steps,
+            "rel_rms": self._difference(scenario, warm.latents),
+            **memory.peaks(),
+        }
+        if scenario.images_only:
+            return row
+        _also(row, lambda: {"tflop_per_step": tflop_per_step(scenario)})
+        _also(row, lambda: {"host_ms": run.host_ms()})
+        _also(row, run.traced)
+        return _with_gap(row)
+
+    def _decodes(self, scenario: Scenario, memory: Memory) -> Row:
+        vae = load_vae(scenario.model, self.device)
+        generator = torch.Generator().manual_seed(0)
+        latent = torch.randn(scenario.batch, 4, scenario.edge, scenario.edge, generator=generator)
+
+        def decode() -> tuple[torch.Tensor, float]:
+            start = time.perf_counter()
+            pixels = vae.decode(latent)
+            synchronize(self.device)
+            return pixels, time.perf_counter() - start
+
+        _, first = decode()
+        pixels, warm = decode()
+        times = sorted(decode()[1] * 1e3 for _ in range(_DECODES))
+        row: Row = {
+            "step_ms": round(statistics.median(times), 3),
+            "step_ms_p90": round(times[int(0.9 * len(times))], 3),
+            "first_image_s": round(first, 3),
+            "warm_first_image_s": round(warm, 3),
+            "rel_rms": self._difference(scenario, pixels),
+            **memory.peaks(),
+        }
+
+        def traced() -> Row:
+            with Trace(self.device) as trace:
+                decode()
+            return trace.per_step(1)
+
+        _also(row, lambda: {"tflop_per_step": tflop_per_step(scenario)})
+        _also(row, traced)
+        return _with_gap(row)
+
+    def _switches(self, scenario: Scenario, memory: Memory) -> Row:
+        """Another stack of LoRAs, or the same with other strengths, on a model in use."""
+        import comfy.model_management
+
+        conditioning = Conditioning(scenario, self.device)
+        first_stack = range(scenario.loras)
+        other_stack = range(scenario.loras, 2 * scenario.loras)
+        if scenario.kind == "strength":
+            other_stack = first_stack
+        for seeds in (first_stack, other_stack):  # the files are read
+            self._patched(scenario, seeds, _STRENGTHS[0])
+
+        model = self._patched(scenario, first_stack, _STRENGTHS[0])
+        run = Runner(model, scenario, conditioning, self.device)
+        first, warm = run(), run()
+        chain_s, switch_s, image_s = [], [], []
+        for turn in range(1, _SWITCHES + 1):
+            strength = _STRENGTHS[turn % 2 if scenario.kind == "strength" else 0]
+            start = time.perf_counter()
+            model = self._patched(scenario, other_stack if turn % 2 else first_stack, strength)
+            chained = time.perf_counter()
+            comfy.model_management.load_models_gpu([model])
+            synchronize(self.device)
+            switched = time.perf_counter()
+            image = Runner(model, scenario, conditioning, self.device)()
+            chain_s.append(chained - start)
+            switch_s.append(switched - chained)
+            image_s.append(time.perf_counter() - start)
+        return {
+            "switch_ms": round(statistics.median(switch_s) * 1e3, 1),
+            "chain_ms": round(statistics.median(chain_s) * 1e3, 1),
+            "switched_image_s": round(statistics.median(image_s), 3),
+            "first_image_s": round(first.seconds, 3),
+            "warm_first_image_s": round(warm.seconds, 3),
+            "steps": scenario.steps,
+            "rel_rms": self._difference(scenario, image.latents),
+            **memory.peaks(),
+        }
+
+    def _patched(self, scenario: Scenario, seeds: range, strength: float) -> Any:
+        """The stock model after its LoRA loaders and the system's own node."""
+        from benchmarks.models import load_model
+
+        name = scenario.model
+        if name not in self._stock:
+            self._stock[name] = load_model(name, self.device)
+        return self.system.apply(with_loras(self._stock[name], name, self.device, seeds, strength))
+
+    def _difference(self, scenario: Scenario, result: torch.Tensor) -> float | None:
+        """Relative RMS against the result of stock eager, which its own row has left."""
+        file = self._references / f"{scenario.name}.pt"
+        if self._is_reference:
+            torch.save(result, file)
+            return 0.0
+        if not file.exists():
+            return None
+        expected = torch.load(file).double()
+        error = (result.double() - expected).square().mean().sqrt()
+        return float(f"{float(error / expected.square().mean().sqrt()):.3e}")
+
+
+def _also(row: Row, measure: Callable[[], Row]) -> None:
+    """Add what `measure` gives; that it fails must not cost what is measured already."""
+    try:
+        row |= measure()
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        row["warnings"] = "; ".join(filter(None, [row.get("warnings"), text]))
+
+
+def _with_gap(row: Row) -> Row:
+    if row.get("step_kernel_ms") is None:
+        return row
+    return row | {"wall_minus_kernel_ms": round(row["step_ms"] - row["step_kernel_ms"], 3)}
+
+
+def _blade_counters() -> dict[str, float]:
+    try:
+        from blade.blade_core.host.model import stats
+    except ImportError:  # a host that Blade does not run on: its peers do
+        return {}
+    return dict(stats()["counters"])
+
+
+def _blade_fields(before: dict[str, float]) -> Row:
+    """What Blade itself counted for this row; nothing where it did not run."""
+    now = _blade_counters()
+    counted = {key: value - before.get(key, 0) for key, value in now.items()}
+    if not counted.get("runs"):
+        return {}
+    from blade.blade_core.host.model import stats
+
+    data = stats()
+    states = [block["state"] for model in data["models"] for block in model["blocks"]]
+    row: Row = {
+        "graphs": counted["graphs_compiled"],
+        "compile_s": round(counted["compile_seconds"], 3),
+        "graph_mib": round(data["cache"]["bytes"] / 2**20, 1),
+        "blocks_eager": sum(state != "compiled" for state in states),
+    }
+    if "capture_seconds" in counted:
+        row["capture_ms"] = round(counted["capture_seconds"] * 1e3, 1)
+    return row | {key: counted[key] for key in ("captures", "replays") if key in counted}

@@ -1,0 +1,69 @@
+"""What this machine is, and the fp16 matrix rate it reaches: printed as one line of JSON.
+
+Started by run.py in a process of its own, so that nothing of it is on the GPU while rows are
+measured.
+"""
+
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from typing import Any
+
+import torch
+
+_SIZES = (4096, 8192, 16384)
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available() and "--cpu" not in sys.argv
+    print(
+        json.dumps(
+            {
+                "gpu": torch.cuda.get_device_name() if cuda else None,
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "triton": _version("triton"),
+                "python": platform.python_version(),
+                "matrix_peak_tflops": round(_matrix_peak(cuda), 3),
+            }
+        )
+    )
+
+
+def _matrix_peak(cuda: bool) -> float:
+    """The best of a few square products, in TFLOP/s."""
+    sizes = _SIZES if cuda else (256,)
+    return max(_rate(size, "cuda" if cuda else "cpu") for size in sizes)
+
+
+def _rate(size: int, device: str, repeats: int = 20) -> float:
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    best = float("inf")
+    for _ in range(3):  # the first also warms up
+        start = _now(device)
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        best = min(best, _now(device) - start)
+    return 2 * size**3 * repeats / best / 1e12
+
+
+def _now(device: str) -> float:
+    # Enough work lies between two calls that waiting for the GPU costs nothing.
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _version(name: str) -> Any:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The tables of docs/performance.md, as Markdown. What was not measured is said so."""
+
+from collections.abc import Callable, Sequence
+
+from benchmarks.scenarios import TABLE_COLUMNS, TABLE_STEPS, Scenario, parse
+from benchmarks.selection import Selection
+
+NOT_MEASURED = "not measured"
+TIMES = "\u00d7"  # a multiplication sign
+NONE = "\u2013"  # a dash: does not apply, or is not in the row
+_MODELS = {"sd15-full": "SD1.5", "sdxl-full": "SDXL"}
+
+# PAI-Blade's published table: an A10, stable-diffusion-webui, SD1 at 512x512, batch 1, seconds
+# of 20, 50 and 100 steps for each of TABLE_COLUMNS.
+PUBLISHED = {
+    "eager": ((2.03, 2.94, 2.75), (4.77, 7.17, 6.64), (9.45, 14.18, 13.13)),
+    "xformers": ((1.57, 2.46, 2.14), (3.63, 5.86, 5.06), (7.10, 11.54, 9.90)),
+    "PAI-Blade": ((1.15, 1.15, 1.62), (2.59, 2.59, 3.75), (4.96, 4.96, 7.35)),
+}
+
+Column = tuple[str, Callable[[str], str]]
+"""A heading, and what a system's cell says."""
+
+
+def title(scenario: str) -> str:
+    """A scenario in words."""
+    found = parse(scenario)
+    if found.kind == "vae":
+        return f"{_size(found)}, batch {found.batch}"
+    words = [_MODELS[found.model], _size(found), f"batch {found.batch}"]
+    if found.controlnets:
+        words.append(f"{found.controlnets} ControlNet{'s' * (found.controlnets > 1)}")
+    if found.loras:
+        words.append(f"{found.loras} LoRAs")
+    return ", ".join(words)
+
+
+def _size(scenario: Scenario) -> str:
+    return f"{scenario.size}{TIMES}{scenario.size}"
+
+
+def number(value: float | None, unit: str = "", digits: int | None = None) -> str:
+    """A figure with about three significant digits."""
+    if value is None:
+        return NONE
+    if digits is None:
+        digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f}{unit}"
+
+
+def speed(rows: Selection, scenario: str) -> list[str]:
+    """Step times of all systems, and how many times Blade is as fast."""
+
+    def faster(system: str) -> str:
+        mine = rows.value(scenario, "blade", "step_ms")
+        theirs = rows.value(scenario, system, "step_ms")
+        same = system == "blade"
+        return number(theirs / mine, TIMES, 2) if mine and theirs and not same else NONE
+
+    return _by_system(
+        rows,
+        scenario,
+        ("step", _cell(rows, scenario, "step_ms", " ms")),
+        ("p90", _cell(rows, scenario, "step_ms_p90", " ms")),
+        ("image", _image(rows, scenario)),
+        ("Blade's speed-up", faster),
+        ("latents", _latents(rows, scenario)),
+    )
+
+
+def time_split(rows: Selection, scenario: str) -> list[str]:
+    """Where a step's time goes: on the GPU, on the CPU, and how near the GPU is to its peak."""
+
+    def share(system: str) -> str:
+        value = rows.value(scenario, system, "peak_share")
+        return NONE if value is None else f"{100 * value:.0f} %"
+
+    return _by_system(
+        rows,
+        scenario,
+        ("step", _cell(rows, scenario, "step_ms", " ms")),
+        ("GPU busy", _cell(rows, scenario, "step_kernel_ms", " ms")),
+        ("GPU waits", _gap(rows, scenario)),
+        ("CPU", _cell(rows, scenario, "host_ms", " ms")),
+        ("kernels", _cell(rows, scenario, "kernels_per_step", digits=0)),
+        ("launches", _cell(rows, scenario, "launches_per_step", digits=0)),
+        ("TFLOP", _cell(rows, scenario, "tflop_per_step")),
+        ("of the matrix rate", share),
+    )
+
+
+def costs(rows: Selection, scenario: str) -> list[str]:
+    """What a system costs: start-up and memory."""
+    return _by_system(
+        rows,
+        scenario,
+        ("first image", _first(rows, scenario)),
+        ("second image", _cell(rows, scenario, "warm_first_image_s", " s")),
+        ("capture", _cell(rows, scenario, "capture_ms", " ms")),
+        ("graphs", _cell(rows, scenario, "graphs", digits=0)),
+        ("tensors", _cell(rows, scenario, "peak_vram_gib", " GiB")),
+        ("reserved", _cell(rows, scenario, "peak_reserved_gib", " GiB")),
+        ("device", _cell(rows, scenario, "peak_device_gib", " GiB")),
+        ("allocator", _text(rows, scenario, "allocator")),
+    )
+
+
+def steps(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
+    """Step times (and the GPU's own) of several scenarios, one a line."""
+
+    def cell(scenario: str, system: str) -> str:
+        wall = rows.value(scenario, system, "step_ms")
+        busy = rows.value(scenario, system, "step_kernel_ms")
+        if wall is None:
+            return _missing(rows, scenario, system)
+        return f"{number(wall)} ({number(busy)})" if busy else number(wall)
+
+    def best(scenario: str) -> str:
+        mine = rows.value(scenario, "blade", "step_ms")
+        peers = [rows.value(scenario, s, "step_ms") for s in systems if not s.startswith("blade")]
+        measured = [value for value in peers if value]
+        return number(min(measured) / mine, TIMES, 2) if mine and measured else NONE
+
+    lines = [[title(s), *(cell(s, system) for system in systems), best(s)] for s in scenarios]
+    return [
+        *_table(["ms a step (of it GPU)", *systems, "best peer / Blade"], lines),
+        *_errors(rows, scenarios),
+    ]
+
+
+def published(rows: Selection, scenario: str, systems: Sequence[str]) -> list[str]:
+    """Seconds of an image in the shape of PAI-Blade's table, and ratios beside its own."""
+    head = [f"{n}, {what}" for n in TABLE_STEPS for what in TABLE_COLUMNS.values()]
+    names = [f"{scenario}-s{n}{suffix}" for n in TABLE_STEPS for suffix in TABLE_COLUMNS]
+
+    def seconds(system: str) -> list[float | None]:
+        whole = [rows.value(name, system, "image_s") for name in names]
+        second = [rows.value(name, system, "warm_first_image_s") for name in names]
+        return [w if w is not None else s for w, s in zip(whole, second, strict=True)]
+
+    theirs = {name: [x for line in table for x in line] for name, table in PUBLISHED.items()}
+    lines = [
+        [f"published, A10: {name}", *(number(v, digits=2) for v in theirs[name])] for name in theirs
+    ]
+    for system in systems:
+        cells = [
+            _missing(rows, name, system) if value is None else number(value, digits=2)
+            for name, value in zip(names, seconds(system), strict=True)
+        ]
+        lines.append([system, *cells])
+    ratios = [
+        [f"published: {name} / PAI-Blade", *_ratios(theirs[name], theirs["PAI-Blade"])]
+        for name in ("eager", "xformers")
+    ]
+    ratios += [
+        [f"{system} / blade", *_ratios(seconds(system), seconds("blade"))]
+        for system in systems
+        if system != "blade"
+    ]
+    return [
+        *_table(["seconds", *head], lines),
+        *_errors(rows, names),
+        "",
+        *_table(["times as fast", *head], ratios),
+    ]
+
+
+def _ratios(theirs: Sequence[float | None], own: Sequence[float | None]) -> list[str]:
+    pairs = zip(theirs, own, strict=True)
+    return [number(a / b, TIMES, 2) if a and b else NONE for a, b in pairs]
+
+
+def switches(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
+    """What another LoRA stack, or other strengths, cost."""
+    lines = []
+    for scenario in scenarios:
+        found = parse(scenario)
+        what = "another stack" if found.kind == "switch" else "other strengths"
+        for system in systems:
+            if rows.value(scenario, system, "switch_ms") is None:
+                cells = [_missing(rows, scenario, system), *[NONE] * 3]
+            else:
+                cells = [
+                    _cell(rows, scenario, "chain_ms", " ms")(system),
+                    _cell(rows, scenario, "switch_ms", " ms")(system),
+                    _cell(rows, scenario, "switched_image_s", " s")(system),
+                    _cell(rows, scenario, "warm_first_image_s", " s")(system),
+                ]
+            lines.append([f"{_MODELS[found.model]}, {found.loras} LoRAs, {what}", system, *cells])
+    head = ["", "system", "loaders", "weights", "with an image", "image without a switch"]
+    return [*_table(head, lines), *_errors(rows, scenarios)]
+
+
+def decodes(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
+    """Times of a VAE decode."""
+    fields = (("step_ms", " ms"), ("step_kernel_ms", " ms"), ("peak_vram_gib", " GiB"))
+    lines = []
+    for scenario in scenarios:
+        for system in systems:
+            cells = [_cell(rows, scenario, field, unit)(system) for field, unit in fields]
+            if rows.value(scenario, system, "step_ms") is None:
+                cells[0] = _missing(rows, scenario, system)
+            lines.append([title(scenario), system, *cells])
+    head = ["", "system", "decode", "GPU busy", "tensors"]
+    return [*_table(head, lines), *_errors(rows, scenarios)]
+
+
+def _by_system(rows: Selection, scenario: str, *columns: Column) -> list[str]:
+    lines = []
+    for system in rows.systems():
+        name = f"**{system}**" if system == "blade" else system
+        if rows.value(scenario, system, "step_ms") is None:
+            cells = [_missing(rows, scenario, system), *[NONE] * (len(columns) - 1)]
+        else:
+            cells = [cell(system) for _, cell in columns]
+        lines.append([name, *cells])
+    return [*_table(["system", *(head for head, _ in columns)], lines), *_errors(rows, [scenario])]
+
+
+def _cell(
+    rows: Selection, scenario: str, field: str, unit: str = "", digits: int | None = None
+) -> Callable[[str], str]:
+    return lambda system: number(rows.value(scenario, system, field), unit, digits)
+
+
+def _image(rows: Selection, scenario: str) -> Callable[[str], str]:
+    """Seconds of a whole run; older rows have the second run's only."""
+
+    def cell(system: str) -> str:
+        median = rows.value(scenario, system, "image_s")
+        second = rows.value(scenario, system, "warm_first_image_s")
+        return number(second if median is None else median, " s")
+
+    return cell
+
+
+def _first(rows: Selection, scenario: str) -> Callable[[str], str]:
+    """Seconds of the first run, where nothing of it was compiled before."""
+
+    def cell(system: str) -> str:
+        cold = rows.value(scenario, system, "cold")
+        value = rows.value(scenario, system, "first_image_s")
+        return NONE if cold is False else number(value, " s")
+
+    return cell
+
+
+def _gap(rows: Selection, scenario: str) -> Callable[[str], str]:
+    def cell(system: str) -> str:
+        wall = rows.value(scenario, system, "step_ms")
+        busy = rows.value(scenario, system, "step_kernel_ms")
+        return NONE if wall is None or busy is None else number(max(0.0, wall - busy), " ms")
+
+    return cell
+
+
+def _latents(rows: Selection, scenario: str) -> Callable[[str], str]:
+    def cell(system: str) -> str:
+        value = rows.value(scenario, system, "rel_rms")
+        return NONE if value is None or system == "eager" else f"{value:.1e}".replace("e-0", "e-")
+
+    return cell
+
+
+def _text(rows: Selection, scenario: str, field: str) -> Callable[[str], str]:
+    def cell(system: str) -> str:
+        row = rows.row(scenario, system)
+        return str((row or {}).get(field) or NONE)
+
+    return cell
+
+
+def _missing(rows: Selection, scenario: str, system: str) -> str:
+    row = rows.row(scenario, system)
+    return NOT_MEASURED if row is None or not row["error"] else "failed"
+
+
+def _errors(rows: Selection, scenarios: Sequence[str]) -> list[str]:
+    """What failed and why, under the table."""
+    failed = [row for row in rows.rows if row["error"] and row["scenario"] in scenarios]
+    lines = [f"- {row['scenario']}, {row['system']}: `{row['error'][:200]}`" for row in failed]
+    return ["", "Failed:", "", *lines] if lines else []
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    rows = [head, ["---"] * len(head), *lines]
+    return ["| " + " | ".join(row) + " |" for row in rows]

@@ -1,0 +1,92 @@
+"""The whole benchmark on tiny models: every kind of scenario, through the real host."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.rows import FROM_RUN, ROOT, empty
+from devtools.host import check_host, default_host_path
+
+SCENARIOS = (
+    "sd15-512-b1",
+    "sd15-512-b1-cn1",
+    "sd15-512-b1-s20-lora2",
+    "lora-switch-sd15-2",
+    "lora-strength-sd15-2",
+    "vae-512-b1",
+)
+SYSTEMS = ("eager", "blade-traced-fast")
+WHERE_APPLIES = [(s, x) for s in SCENARIOS for x in SYSTEMS if (s[:3], x[:5]) != ("vae", "blade")]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("bench")
+    host = check_host(Path(os.environ.get("BLADE_COMFY") or default_host_path()))
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--dry-run"]
+    command += ["--comfy", str(host), "--out", str(folder)]
+    command += ["--scenarios", ",".join(SCENARIOS), "--systems", ",".join(SYSTEMS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = folder.glob("*.jsonl")
+    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {(row["scenario"], row["system"]): row for row in found}
+
+
+def test_there_is_a_row_for_every_scenario_and_system(
+    rows: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    assert sorted(rows) == sorted(WHERE_APPLIES)
+    assert len({row["run"] for row in rows.values()}) == 1
+    for row in rows.values():
+        assert set(row) == {*empty("", ""), *FROM_RUN}
+        assert row["error"] is None and row["warnings"] is None
+        assert row["dry_run"] and row["gpu"] == "CPU"
+
+
+def test_rows_hold_what_their_kind_measures(
+    rows: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    image = ("step_ms", "step_kernel_ms", "host_ms", "first_image_s", "image_s", "tflop_per_step")
+    switch = ("switch_ms", "chain_ms", "switched_image_s", "warm_first_image_s")
+    decode = ("step_ms", "step_kernel_ms", "tflop_per_step", "peak_share")
+    for (scenario, _), row in rows.items():
+        if scenario.startswith("lora"):
+            fields: tuple[str, ...] = switch
+        elif scenario.startswith("vae"):
+            fields = decode
+        else:
+            fields = image if "-s20" not in scenario else ("step_ms", "image_s")
+        assert all(row[field] > 0 for field in fields), (scenario, fields)
+
+
+def test_every_process_measures_the_same_thing(
+    rows: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    """The same weights, LoRAs, ControlNets and noise: latents differ by rounding."""
+    for (_, system), row in rows.items():
+        assert row["rel_rms"] == 0.0 if system == "eager" else row["rel_rms"] < 1e-3
+
+
+def test_blade_says_what_it_did(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
+    first = rows["sd15-512-b1", "blade-traced-fast"]
+    assert first["cold"] and first["graphs"] > 0 and first["blocks_eager"] == 0
+    later = rows["sd15-512-b1-s20-lora2", "blade-traced-fast"]
+    assert not later["cold"] and later["graphs"] == 0
+    assert rows["sd15-512-b1", "eager"]["graphs"] is None
+
+
+def test_without_a_gpu_the_dry_run_is_named(tmp_path: Path) -> None:
+    host = check_host(Path(os.environ.get("BLADE_COMFY") or default_host_path()))
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--comfy", str(host)]
+    command += ["--out", str(tmp_path)]
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert done.returncode == 2
+    assert "--dry-run" in done.stdout
+    assert list(tmp_path.iterdir()) == []

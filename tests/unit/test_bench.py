@@ -1,0 +1,221 @@
+"""The benchmark without ComfyUI: names, jobs, rows, and a report that is up to date."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import plots, report, rows, run, tables
+from benchmarks.jobs import Job, OutOfBudget, plan, rows_of
+from benchmarks.scenarios import Scenario, expand, parse
+from benchmarks.selection import select
+from benchmarks.systems import find_system
+
+COMMITTED = rows.read()
+
+# --- scenarios ----------------------------------------------------------------------------------
+
+
+def test_a_name_says_everything() -> None:
+    assert parse("sd15-512-b8") == Scenario("sd15-512-b8", "image", "sd15-full", 512, 8)
+    rich = parse("sdxl-1536-b2-s50-cn2-lora8")
+    assert (rich.model, rich.size, rich.batch, rich.steps) == ("sdxl-full", 1536, 2, 50)
+    assert (rich.controlnets, rich.loras, rich.images_only) == (2, 8, True)
+    assert parse("vae-1024-b1").kind == "vae"
+    switch = parse("lora-strength-sdxl-5")
+    assert (switch.kind, switch.size, switch.loras) == ("strength", 1024, 5)
+
+
+@pytest.mark.parametrize(
+    "name", ["sd3-512-b1", "sd15-512", "sd15-512-b1-lora2-cn1", "sd15-500-b1", "sd15-512-b0", ""]
+)
+def test_a_wrong_name_is_refused_with_the_forms(name: str) -> None:
+    with pytest.raises(ValueError, match=r"forms|multiples of 64"):
+        parse(name)
+
+
+def test_groups_are_the_scenarios_that_the_tables_show() -> None:
+    assert [s.name for s in expand("main,sd15-512-b1")] == ["sd15-512-b1", "sdxl-1024-b1"]
+    table = [s.name for s in expand("table-sd15-512-b1")]
+    assert len(table) == 9
+    assert {"sd15-512-b1-s20", "sd15-512-b1-s100-cn1", "sd15-512-b1-s50-lora2"} <= set(table)
+    assert len(expand("grid-sd15,grid-sdxl,switches,vae")) == 6 + 6 + 3 + 2
+
+
+def test_a_tiny_scenario_has_a_tiny_model() -> None:
+    tiny = parse("sdxl-1024-b4-s50").tiny()
+    assert (tiny.model, tiny.size, tiny.batch, tiny.steps) == ("sdxl-dry", 64, 2, 4)
+    assert tiny.name == "sdxl-1024-b4-s50"
+
+
+# --- systems and jobs ---------------------------------------------------------------------------
+
+
+def test_systems_are_found_by_name() -> None:
+    assert find_system("eager").arguments == ()
+    assert find_system("blade-fast").arguments == ("--fast",)
+    assert find_system("reduce-overhead").allocator == "native"
+    find_system("blade:split_reductions=True")
+    for name in ("blad", "eager:max_autotune=True"):
+        with pytest.raises(ValueError, match="there is no system"):
+            find_system(name)
+
+
+def test_scenarios_share_a_process_as_asked() -> None:
+    scenarios = expand("sd15-512-b1,sd15-512-b1-cn1,sd15-768-b1,vae-512-b1")
+    systems = ["eager", "blade"]
+    # Blade does not decode, so its process of the VAE is left out.
+    assert [len(plan(scenarios, systems, share)) for share in ("none", "shape", "model")] == [
+        7,
+        5,
+        3,
+    ]
+    first = plan(scenarios, systems, "shape")[0]
+    assert (first.system, [s.name for s in first.scenarios]) == (
+        "eager",
+        ["sd15-512-b1", "sd15-512-b1-cn1"],
+    )
+
+
+JOB = Job("eager", tuple(expand("sd15-512-b1,sd15-512-b2")))
+
+
+def worker(tmp_path: Path, *lines: str) -> list[str]:
+    """A command in the worker's place: the first scenario is done, then come `lines`."""
+    row = json.dumps({"scenario": "sd15-512-b1", "step_ms": 1.0})
+    script = tmp_path / "worker.py"
+    code = ["import sys, time", "print('noise')", f"print('ROW ' + {row!r}, flush=True)", *lines]
+    script.write_text("\n".join(code))
+    return [sys.executable, str(script)]
+
+
+def test_a_worker_that_dies_keeps_its_rows_and_names_the_reason(tmp_path: Path) -> None:
+    command = worker(tmp_path, "raise MemoryError('too large')")
+    first, second = rows_of(JOB, command, timeout=60, end=time.monotonic() + 60)
+    assert first["step_ms"] == 1.0 and "error" not in first
+    assert second == {"scenario": "sd15-512-b2", "error": "MemoryError: too large"}
+
+
+def test_a_worker_that_is_late_is_ended(tmp_path: Path) -> None:
+    start = time.monotonic()
+    command = worker(tmp_path, "time.sleep(60)")
+    first, second = rows_of(JOB, command, timeout=3, end=start + 60)
+    assert first["step_ms"] == 1.0
+    assert second["error"] == "not done in 3 s"
+    assert time.monotonic() - start < 30
+
+
+def test_the_budget_ends_a_worker_without_a_row(tmp_path: Path) -> None:
+    found = []
+    command = worker(tmp_path, "time.sleep(60)")
+    with pytest.raises(OutOfBudget):
+        for row in rows_of(JOB, command, timeout=60, end=time.monotonic() + 3):
+            found.append(row["scenario"])
+    assert found == ["sd15-512-b1"]
+
+
+def test_a_command_can_be_repeated_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--comfy", "/home/me/comfy", "--out=/tmp/rows", "--systems", "eager,blade"]
+    rest = "--comfy PATH --out=PATH --systems eager,blade"
+    assert run._command(arguments) == f"python benchmarks/run.py {rest}"
+    monkeypatch.setenv("BLADE_BENCH_PROGRAM", "dev.py bench")
+    assert run._command(arguments) == f"python dev.py bench {rest}"
+
+
+# --- rows and the report ------------------------------------------------------------------------
+
+
+def test_committed_rows_have_the_fields_and_are_real() -> None:
+    assert COMMITTED
+    for row in COMMITTED:
+        assert set(rows.REQUIRED) <= set(row)
+        assert row["error"] or row["gpu"] != "CPU"
+        assert not row.get("dry_run")
+        parse(row["scenario"])
+        find_system(row["system"])
+        if "started" in row:  # rows of today's benchmark
+            expected = {*rows.empty("", ""), *rows.FROM_RUN, "file", "date"}
+            assert expected == set(row)
+            assert not re.search(r"(?<![\w.])/\w|[A-Z]:\\", row["command"])
+
+
+def row(run: str, scenario: str, system: str, **fields: Any) -> rows.Row:
+    common = dict.fromkeys(rows.FROM_RUN) | {"run": run, "file": "f.jsonl", "date": "2026-01-01"}
+    common |= {"command": "python benchmarks/run.py"}
+    return rows.empty(scenario, system) | common | {"step_ms": 2.0} | fields
+
+
+def test_a_table_shows_one_run_the_newest_of_the_most_complete() -> None:
+    found = [
+        row("old", "sd15-512-b1", "eager"),
+        row("old", "sd15-512-b1", "blade"),
+        row("new", "sd15-512-b1", "eager", step_ms=9.0),
+        row("new", "sd15-512-b1", "blade", step_ms=3.0),
+        row("part", "sd15-512-b1", "blade", step_ms=1.0),
+        row("failed", "sd15-512-b1", "eager", error="no memory"),
+        row("failed", "sd15-512-b1", "blade", error="no memory"),
+        row("dry", "sd15-512-b1", "eager", dry_run=True),
+        row("dry", "sd15-512-b1", "blade", dry_run=True),
+    ]
+    chosen = select(found, ["sd15-512-b1"], ["eager", "blade"])
+    assert {r["run"] for r in chosen.rows} == {"new"}
+    assert chosen.value("sd15-512-b1", "blade", "step_ms") == 3.0
+    assert chosen.value("sd15-512-b1", "torch-compile", "step_ms") is None
+    assert chosen.systems(["eager", "blade"]) == ["eager", "blade"]
+
+
+def test_the_report_says_what_failed_and_what_is_missing() -> None:
+    found = [
+        row("r", "sd15-512-b1", "eager", step_ms=8.0),
+        row("r", "sd15-512-b1", "torch-compile", error="RuntimeError: no compiler"),
+        row("r", "sd15-512-b1", "blade", step_ms=2.0),
+    ]
+    text = report.document(found)
+    none, times = tables.NONE, tables.TIMES
+    assert f"| eager | 8.00 ms | {none} | {none} | 4.00{times} | {none} |" in text
+    assert "| torch-compile | failed |" in text
+    assert "- sd15-512-b1, torch-compile: `RuntimeError: no compiler`" in text
+    assert "| reduce-overhead | not measured |" in text
+
+
+def test_the_report_holds_without_any_row() -> None:
+    text = report.document([])
+    assert "not measured" in text
+    assert "<sub>" not in text and ".svg" not in text
+
+
+def test_the_share_of_the_peak() -> None:
+    measured = row("r", "sd15-512-b1", "eager", tflop_per_step=2.0, step_kernel_ms=4.0)
+    assert rows.with_peak_share(measured, 1000.0)["peak_share"] == 0.5
+    assert rows.with_peak_share(measured, None)["peak_share"] is None
+
+
+def test_the_committed_report_is_up_to_date() -> None:
+    """`python dev.py bench --report` makes it so."""
+    assert report.DOCUMENT.read_text(encoding="utf-8") == report.document(COMMITTED)
+    wanted = plots.plots(COMMITTED, report.MAIN_SCENARIOS)
+    assert wanted
+    drawn = {file.name: plots.drawn_digest(file) for file in report.IMAGES.glob("performance-*")}
+    assert drawn == {plot.file: plot.digest for plot in wanted}
+
+
+def test_a_plot_is_drawn_the_same_twice(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    scenarios = expand("grid-sd15")
+    found = [
+        row("r", s.name, system, step_ms=float(s.batch * s.size), step_kernel_ms=1.0, host_ms=2.0)
+        for s in scenarios
+        for system in plots.GRID
+    ]
+    wanted = plots.plots(found, ["sd15-512-b1"])
+    assert [plot.name for plot in wanted] == ["step", "host", "grid-sd15"]
+    for plot in wanted:
+        first = plots.draw(plot, tmp_path).read_bytes()
+        assert plots.draw(plot, tmp_path).read_bytes() == first
+        assert plots.drawn_digest(tmp_path / plot.file) == plot.digest
