@@ -1,6 +1,7 @@
 """Write docs/performance.md and its plots from the committed rows: python dev.py bench --report"""
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from benchmarks.scenarios import expand, sweep
 from benchmarks.selection import MAIN, Selection, select
 
 DOCUMENT = ROOT / "docs" / "performance.md"
+REMARKS = ROOT / "benchmarks" / "results" / "remarks.json"
+"""Run -> what was learned about it later, and its rows cannot say themselves."""
 IMAGES = ROOT / "docs" / "images"
 MAIN_SCENARIOS = ("sd15-512-b1", "sdxl-1024-b1")
 VARIANTS = ("", "-lora2", "-lora8", "-cn1", "-cn2")
@@ -157,7 +160,9 @@ def _source(rows: Selection) -> list[str]:
     rate = f", best fp16 matrix product {peak:.0f} TFLOP/s" if peak else ""
     # The oldest rows have a folder of the machine in their command.
     command = re.sub(r"(--(?:comfy|out)[ =])\S+", r"\1PATH", row["command"])
+    remark = json.loads(REMARKS.read_text(encoding="utf-8")).get(row["run"])
     return [
+        *(["", f"**{remark}**"] if remark else []),
         "",
         f"<sub>Run [{row['run']}](../benchmarks/results/{row['file']}), {row['date']}: "
         f"{row['gpu']}{rate}, {', '.join(versions)}. `{command}`</sub>",

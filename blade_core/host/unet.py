@@ -111,7 +111,8 @@ class OptimizedUNet:
             if hooked:
                 self._projections.forget()
             self._patched = read_patches(args[5])
-            if self._replayer is None:
+            if self._replayer is None or not self._pool.usable(args[0].device):
+                self._run.pieces = None
                 return self._launch(executor, unet, args, kwargs)
             return self._capture(executor, unet, args, kwargs)
 
