@@ -22,7 +22,7 @@ def test_route_has_this_shape(runner: Runner) -> None:
     assert answer.headers["Content-Type"].startswith("application/json")
     stats = answer.json()
     assert set(stats) == {"counters", "cache", "models"}
-    assert set(stats["counters"]) == {*NAMES, "compile_seconds"}
+    assert set(stats["counters"]) == {*NAMES, "compile_seconds", "capture_seconds"}
     assert all(isinstance(stats["counters"][name], int) for name in NAMES)
     cache = stats["cache"]
     assert set(cache) == {"graphs", "bytes", "budget_bytes", "keys"}
@@ -36,8 +36,13 @@ def test_route_has_this_shape(runner: Runner) -> None:
             "freeze_weights",
             "on_failure",
             "runs_as_stock",
+            "captures",
+            "capture_mib",
+            "replays",
+            "not_captured",
             "blocks",
         }
+        assert model["captures"] == model["replays"] == 0  # there is no GPU here
         for block in model["blocks"]:
             assert set(block) == {"block", "state", "reasons", "layers"}
             assert block["state"] in ("compiled", "eager", "mixed", "idle")
