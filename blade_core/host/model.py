@@ -19,6 +19,7 @@ from ..engine import Engine
 from ..log import logger
 from ..recorder import CudaRecorder
 from .dynamic import non_dynamic_clone
+from .patcher import as_stock, switch_in_place
 from .progress import CompileProgress, say
 from .unet import OptimizedUNet
 
@@ -149,6 +150,7 @@ def optimize_model(
     _remove_blade(clone)
     # The first LoRA must find the weights as the graphs saw them (hosts before 0.30).
     clone.model.diffusion_model.requires_grad_(False)
+    switch_in_place(clone)
     attachment = Attachment(config, node_id)
     clone.set_attachments(_KEY, attachment)
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, attachment.wrap)
@@ -178,6 +180,7 @@ def stats(model: ModelPatcher | None = None) -> dict[str, Any]:
 
 
 def _remove_blade(model: ModelPatcher) -> None:
+    as_stock(model)
     model.remove_attachments(_KEY)
     model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, _KEY)
     model.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, _KEY)

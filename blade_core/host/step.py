@@ -84,7 +84,7 @@ def foreign_code(
     if wrappers is None or index is None or len(wrappers) > index + 1:
         return "another node's wrapper runs inside the call"
     original = getattr(executor.original, "__func__", None)  # type: ignore[attr-defined]
-    if original is not _HOST_FORWARD:
+    if original is not _HOST_FORWARD or not original.__module__.startswith("comfy."):
         return "another node pack replaced the UNet's forward"
     return None
 
@@ -114,6 +114,8 @@ def not_capturable(modules: Iterable[nn.Module], device: torch.device) -> str | 
         kind = type(module).__name__
         if module._forward_hooks or module._forward_pre_hooks:
             return f"a {kind} outside the graphs has hooks"
+        if "forward" in vars(module):
+            return f"a {kind} outside the graphs has a replaced forward"
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
                 continue

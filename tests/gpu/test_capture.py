@@ -166,6 +166,17 @@ def test_work_that_waits_is_found_before_it_is_recorded(session: Session) -> Non
     assert "waits for the GPU" in str(session.stats()["models"])
 
 
+def test_a_change_of_loras_keeps_the_captures(session: Session) -> None:
+    model = make_model(WIDE, dtype=torch.float16)
+    expected = {s: run(with_lora(model, s), size=(32, 32)) for s in (0.5, 1.0)}
+    optimized = optimize_model(model, STRICT)
+    run(with_lora(optimized, 0.7), size=(32, 32))
+    with session.engine.counters.expect(captures=0, captures_dropped=0, graphs_compiled=0):
+        for strength in (0.5, 1.0, 0.5):
+            actual = run(with_lora(optimized, strength), size=(32, 32))
+            assert relative_rms(actual, expected[strength]) <= BOUND
+
+
 def test_a_patch_between_the_blocks(session: Session) -> None:
     model = make_model(WIDE, dtype=torch.float16)
     patched = model.clone()

@@ -134,6 +134,24 @@ def test_a_replaced_forward_is_not_skipped(session: Session, sd15: Any) -> None:
     assert "replaced the UNet's forward" in str(report(session)["not_captured"])
 
 
+def test_a_layer_outside_the_blocks_that_others_changed(session: Session, sd15: Any) -> None:
+    optimized = optimize_model(sd15, EAGER)
+    sample(optimized, steps=3)
+    layer = sd15.model.diffusion_model.out[2]
+    own = layer.forward
+    layer.forward = lambda x: own(x) * 0.5
+    expected = sample(sd15, steps=4)
+    with session.engine.counters.expect(replays=0, captures=9):
+        assert relative_rms(sample(optimized, steps=4), expected) <= BOUND
+    assert "replaced forward" in str(report(session)["not_captured"])
+    del layer.forward
+    handle = layer.register_forward_hook(lambda module, args, out: out * 2)
+    expected = sample(sd15, steps=4)
+    with session.engine.counters.expect(replays=0):
+        assert relative_rms(sample(optimized, steps=4), expected) <= BOUND
+    handle.remove()
+
+
 def test_changed_weights_are_never_missed(session: Session) -> None:
     # Of 64 channels two share a group: a norm over one would undo what the embedding adds.
     sd15 = make_model(SD15 | {"model_channels": 64})
