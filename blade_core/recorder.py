@@ -6,8 +6,10 @@ Source: torch.cuda.CUDAGraph and its notes, https://docs.pytorch.org/docs/stable
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -90,6 +92,8 @@ class CudaRecorder:
         return total - free
 
     def release(self) -> None:
+        if _thread.recording:
+            return  # waiting for the device would spoil what this thread records
         torch.cuda.empty_cache()
         if _is_async():
             _trim_graph_memory(self._device)
@@ -99,7 +103,7 @@ class CudaRecorder:
         Triton kernels must have been used before; nothing may wait for the device."""
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream), _addresses():
+        with torch.cuda.stream(self._stream), _addresses(), _undisturbed():
             _forget_workspaces()
             # Other threads of the host go on allocating meanwhile: they must not disturb.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -130,6 +134,28 @@ class CudaRecorder:
 
 _never_freed: list[BaseException] = []
 """Recordings that became invalid, with the tensors in their frames: reserved, never taken."""
+
+
+class _Thread(threading.local):
+    recording = False
+
+
+_thread = _Thread()
+"""Whether this thread records now."""
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep Python's collector from freeing other models' GPU memory within a recording."""
+    collects = gc.isenabled()
+    gc.disable()
+    _thread.recording = True
+    try:
+        yield
+    finally:
+        _thread.recording = False
+        if collects:
+            gc.enable()
 
 
 def _addresses() -> AbstractContextManager[None]:

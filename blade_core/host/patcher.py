@@ -19,6 +19,14 @@ from ..errors import first_line, is_cancel
 from ..log import logger
 from ..structure import modules_of
 
+_PATCHED_WHILE_RUNNING = (
+    "weight_function",
+    "bias_function",
+    "prev_comfy_cast_weights",
+    "comfy_force_cast_weights",
+)
+"""Attributes of a layer that a load has told to cast, or to patch its weights itself."""
+
 
 class InPlacePatcher(ModelPatcher):
     """What Blade's clones are, and through `clone` all that come after them."""
@@ -27,9 +35,10 @@ class InPlacePatcher(ModelPatcher):
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> Any:
         """As the host's own, which then finds its patches applied already."""
-        if not force_patch_weights and self._can_switch(device_to):
+        if not force_patch_weights:
             try:
-                self._switch(device_to)
+                if self._can_switch(device_to):
+                    self._switch(device_to)
             except Exception as error:  # whatever a patch raises, the stock way may still work
                 if is_cancel(error):
                     raise
@@ -51,20 +60,27 @@ class InPlacePatcher(ModelPatcher):
             and model.model_loaded_weight_memory > 0
             and not self.weight_wrapper_patches
             and not self.hook_backup
+            # These change what a key means, or how a layer computes, in the order of a load.
+            and not self.object_patches
+            and not self.object_patches_backup
+            and not getattr(self, "force_cast_weights", False)
             # Others do at each load what the stock way would bring about here.
             and not self.get_all_callbacks(CallbacksMP.ON_LOAD)
             and not any(
-                getattr(module, "weight_function", None) or getattr(module, "bias_function", None)
+                any(getattr(module, name, None) for name in _PATCHED_WHILE_RUNNING)
                 for module in modules_of(model)
             )
             and all(self._is_plain(key, device_to) for key in {*self.backup, *self.patches})
         )
 
     def _is_plain(self, key: str, device: torch.device) -> bool:
-        """Whether the weight is nothing but a tensor on the device, not quantized or the like."""
+        """Whether the weight is nothing but a layer's tensor on the device, not quantized."""
+        owner = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
         weight, set_function, convert_function = get_key_weight(self.model, key)
         return (
-            set_function is None
+            not any(True for _ in owner.children())  # the host's load passes over the others
+            and key.rpartition(".")[2] in owner._parameters
+            and set_function is None
             and convert_function is None
             and type(weight) in (torch.nn.Parameter, torch.Tensor)
             and weight.device == device

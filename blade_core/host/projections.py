@@ -8,6 +8,7 @@ blocks, each group is one kernel where that can run, and the host's own layers e
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from comfy.ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import nn
 
+from ..errors import first_line, is_cancel, is_out_of_memory
 from ..kernels.grouped_linear import GroupedLinear, usable
+from ..log import warn_once
 
 _MOST_GROUPS = 16
 """How many shapes of inputs are kept: of SDXL at batch 1, one holds 50 MiB."""
@@ -51,6 +54,8 @@ class Projections:
         self._groups: dict[tuple[Any, ...], _Group | None] = {}
         self._now: dict[str, tuple[torch.Tensor, _Group | None]] = {}
         self._last: list[_Group | None] = []
+        # Captures keep groups that are not kept here any more.
+        self._kernels: weakref.WeakSet[GroupedLinear] = weakref.WeakSet()
 
     def begin(self, projections: Sequence[Projection]) -> None:
         """A run begins: weights may have other values, and still be where they were."""
@@ -60,13 +65,14 @@ class Projections:
 
     def forget(self) -> None:
         """Keep no result: the weights may have changed in place."""
-        for group in self._groups.values():
-            if group is not None:
-                group.kernel.forget()
+        for kernel in list(self._kernels):
+            kernel.forget()
 
     def clear(self) -> None:
         """The weights are elsewhere, or no longer on the device: nothing here holds any more."""
         self._groups.clear()
+        self._now.clear()
+        self._last = []
 
     def end_call(self) -> None:
         self._last = [group for _, group in self._now.values()]
@@ -81,16 +87,20 @@ class Projections:
         if seen is not x:
             group = self._group(projection.source, x)
             if group is not None:
-                group.kernel(x)
+                _launch(group.kernel, x)
             self._now[projection.source] = (x, group)
         return projection(x) if group is None else group.results[projection]
 
     def _group(self, source: str, x: torch.Tensor) -> _Group | None:
         key = (source, x.shape, x.dtype, x.device)
         if key not in self._groups:
-            if len(self._groups) >= _MOST_GROUPS:  # captures keep those that they use
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None  # its table cannot be made within a recording
+            if len(self._groups) >= _MOST_GROUPS:
                 del self._groups[next(iter(self._groups))]
-            self._groups[key] = _group(self._all[source], x)
+            group = self._groups[key] = _group(self._all[source], x)
+            if group is not None:
+                self._kernels.add(group.kernel)
         return self._groups[key]
 
 
@@ -103,13 +113,20 @@ class _Group:
 def _group(projections: Sequence[Projection], x: torch.Tensor) -> _Group | None:
     """The projections as one kernel, or None where that cannot give what the layers give."""
     layers = [layer for p in projections for layer in p.layers]
-    if not x.is_contiguous() or not layers or not all(_plain(layer) for layer in layers):
+    if not layers or not all(_plain(layer) for layer in layers):
         return None
     tensors = [(layer.weight, layer.bias) for layer in layers]
     if not usable(x, tensors):
         return None
     prompt = projections[0].source == "context"
-    kernel = GroupedLinear(x, tensors, silu=not prompt, skip_unchanged=prompt)
+    try:
+        kernel = GroupedLinear(x, tensors, silu=not prompt, skip_unchanged=prompt)
+        _launch(kernel, x)
+    except Exception as error:  # whatever Triton raises where it cannot compile
+        if is_cancel(error) or is_out_of_memory(error):
+            raise
+        warn_once(f"Blade's own kernel cannot run here: {first_line(error)}")
+        return None
     outputs = iter(kernel.outputs)
     results = {}
     for projection in projections:
@@ -118,6 +135,14 @@ def _group(projections: Sequence[Projection], x: torch.Tensor) -> _Group | None:
         first, count = parts[0], len(parts)
         results[projection] = first if count == 1 else kernel.adjacent(first, count)
     return _Group(kernel, results)
+
+
+def _launch(kernel: GroupedLinear, x: torch.Tensor) -> None:
+    try:
+        kernel(x.contiguous())  # it reads memory as it lies
+    except BaseException:
+        kernel.forget()  # or a half-done call would be taken for a done one
+        raise
 
 
 def _plain(layer: nn.Linear) -> bool:

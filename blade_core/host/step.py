@@ -13,8 +13,10 @@ import torch
 from comfy.ldm.modules.diffusionmodules import openaimodel
 from torch import nn
 
-from ..structure import modules_of
+from ..key import digest
+from ..structure import describe, modules_of
 from .patches import Patched
+from .weights import HOST_STATE
 
 _HOST = {
     name: getattr(openaimodel, name)
@@ -106,6 +108,16 @@ def outer_modules(unet: nn.Module, containers: tuple[str, ...]) -> list[nn.Modul
         if name not in containers
         for module in modules_of(child)
     ]
+
+
+def describe_outer(unet: nn.Module, containers: tuple[str, ...]) -> str:
+    """What the host's own layers around the blocks compute, but for their weights.
+
+    Raises:
+        UnknownStructure: somebody put something there that cannot be described.
+    """
+    children = [child for name, child in unet.named_children() if name not in containers]
+    return digest([describe(child, ignore=HOST_STATE) for child in children])
 
 
 def not_capturable(modules: Iterable[nn.Module], device: torch.device) -> str | None:

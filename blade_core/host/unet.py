@@ -22,7 +22,7 @@ from ..backends import Backend
 from ..capture import CaptureBudget, CapturePool, Replayer, Work
 from ..config import OptimizeConfig
 from ..engine import Engine
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailable, UnknownStructure
 from ..key import GraphKey, environment
 from ..log import logger, warn_once
 from ..structure import describe_classes
@@ -30,7 +30,14 @@ from .block import OptimizedBlock, RunContext
 from .patches import UNPATCHED, Patched, read_patches
 from .progress import CompileProgress
 from .projections import Projections
-from .step import foreign_code, not_capturable, outer_modules, read_call, replaced_by_others
+from .step import (
+    describe_outer,
+    foreign_code,
+    not_capturable,
+    outer_modules,
+    read_call,
+    replaced_by_others,
+)
 from .weights import ChannelsLast, Watch, parameter_slots, when_freed
 
 _CONTAINERS = (("input_blocks", "input"), ("middle_block", "middle"), ("output_blocks", "output"))
@@ -259,17 +266,25 @@ class OptimizedUNet:
         if self.config.capture and self._pool.usable(x.device):
             self._outside = not_capturable(outer, x.device)
             self._replayer = Replayer(self._pool, strict=self.config.strict)
-        self._keep_captures(x.device, run)
+        self._keep_captures(x.device, run, self._describe_outer(unet))
         self._run = run
         self._engine.counters.add("runs")
 
-    def _keep_captures(self, device: torch.device, run: RunContext) -> None:
+    def _describe_outer(self, unet: nn.Module) -> str | None:
+        try:
+            return describe_outer(unet, tuple(name for name, _ in _CONTAINERS))
+        except UnknownStructure as error:
+            self._outside = f"outside the blocks, {error}"
+            return None
+
+    def _keep_captures(self, device: torch.device, run: RunContext, outer: str | None) -> None:
         """Drop the captures if anything that is baked into them is not as it was."""
         self._stream = _stream(device)
         baked = (
             device,
             self._stream,
             run.environment,
+            outer,
             [unit.frozen for block in self.blocks for unit in block.units],
             [(block.why_not, block.changes) for block in self.blocks],
             self._watch.addresses,
@@ -325,8 +340,8 @@ def _blocks(unet: Any) -> list[nn.Module]:
 
 
 def _drop(pool: CapturePool, projections: Projections) -> None:
+    projections.clear()  # first: the pool gives the device what is free by then
     pool.clear()
-    projections.clear()
 
 
 def _stream(device: torch.device) -> int:
@@ -347,7 +362,27 @@ def _host_environment() -> tuple[str, ...]:
     attention = comfy.ldm.modules.attention
     names = ("optimized_attention", "optimized_attention_masked")
     functions = [getattr(attention, name) for name in names]
-    return tuple(f"{f.__module__}.{getattr(f, '__qualname__', repr(f))}" for f in functions)
+    return tuple(_function_name(f) for f in functions)
+
+
+_AT_IMPORT = frozenset(
+    id(getattr(comfy.ldm.modules.attention, name))
+    for name in ("optimized_attention", "optimized_attention_masked")
+)
+_others: list[Any] = []
+"""Attention functions that other packs have set since then; kept, so that ids stay theirs."""
+
+
+def _function_name(function: Any) -> str:
+    """Functions of others may be closures, which only their identity tells apart."""
+    name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
+    if id(function) in _AT_IMPORT:
+        return name
+    known = next((i for i, other in enumerate(_others) if other is function), None)
+    if known is None:
+        known = len(_others)
+        _others.append(function)
+    return f"{name}#{known}"
 
 
 def _say_rebuild() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.hooks
+import comfy.ldm.modules.attention
 import comfy.model_management
 import pytest
 import torch
@@ -150,6 +151,53 @@ def test_a_layer_outside_the_blocks_that_others_changed(session: Session, sd15: 
     with session.engine.counters.expect(replays=0):
         assert relative_rms(sample(optimized, steps=4), expected) <= BOUND
     handle.remove()
+
+
+def _other_padding(layer: Any) -> None:
+    layer.padding_mode = "circular"
+    layer._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def _other_product(layer: Any) -> None:
+    own = layer._conv_forward
+    layer._conv_forward = lambda x, weight, bias: own(x, weight, bias) * 0.5
+
+
+@pytest.mark.parametrize("change", [_other_padding, _other_product])
+def test_a_layer_outside_the_blocks_that_is_not_as_it_was(
+    session: Session, sd15: Any, change: Any
+) -> None:
+    optimized = optimize_model(sd15, EAGER)
+    sample(optimized, steps=3)
+    change(sd15.model.diffusion_model.out[2])
+    assert relative_rms(sample(optimized, steps=3), sample(sd15, steps=3)) <= BOUND
+
+
+def test_an_object_patch_outside_the_blocks(session: Session, sd15: Any) -> None:
+    sample(optimize_model(sd15, EAGER), steps=3)
+    patched = sd15.clone()
+    patched.add_object_patch("diffusion_model.out.1", torch.nn.Identity())
+    expected = sample(patched, steps=3)
+    assert relative_rms(sample(optimize_model(patched, EAGER), steps=3), expected) <= BOUND
+    assert relative_rms(sample(optimize_model(sd15, EAGER), steps=3), expected) > 1e-3
+
+
+def test_attention_functions_that_differ_in_their_closure(
+    session: Session, sd15: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = comfy.ldm.modules.attention.optimized_attention
+
+    def make(scale: float) -> Any:
+        def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return own(*args, **kwargs) * scale
+
+        return attention
+
+    optimized = optimize_model(sd15, EAGER)
+    for scale in (0.5, 2.0):
+        for name in ("optimized_attention", "optimized_attention_masked"):
+            monkeypatch.setattr(comfy.ldm.modules.attention, name, make(scale))
+        assert relative_rms(sample(optimized, steps=3), sample(sd15, steps=3)) <= BOUND
 
 
 def test_changed_weights_are_never_missed(session: Session) -> None:

@@ -7,7 +7,7 @@ import comfy.model_management
 import comfy.weight_adapter
 import pytest
 import torch
-from blade_tests.host.tiny import relative_rms, sample
+from blade_tests.host.tiny import SD15, make_model, relative_rms, sample
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
@@ -150,6 +150,18 @@ def test_where_it_keeps_out(session: Session, sd15: Any) -> None:
     sample(with_loras(optimized, 1.0))
     assert relative_rms(sample(optimize_model(wrapped, EAGER)), expected) <= BOUND
     assert relative_rms(sample(optimized), sample(sd15)) <= BOUND
+
+
+def test_weights_that_a_load_has_to_cast(session: Session) -> None:
+    def forced(model: Any) -> Any:
+        clone = model.clone()
+        clone.set_model_compute_dtype(torch.float32)
+        return clone
+
+    expected = sample(forced(make_model(SD15, dtype=torch.bfloat16)))
+    optimized = optimize_model(make_model(SD15, dtype=torch.bfloat16), EAGER)
+    sample(optimized)
+    assert relative_rms(sample(forced(optimized)), expected) <= BOUND
 
 
 class Other(ModelPatcher):
