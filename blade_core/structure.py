@@ -60,8 +60,10 @@ def describe(module: nn.Module, *, ignore: Collection[str] = ()) -> tuple[Any, .
 
 
 def modules_of(root: nn.Module) -> list[nn.Module]:
-    """All modules of `root`, each once: what nn.Module.modules gives, in another order and without its
-    generators: it is asked for at the start of each run."""
+    """All modules of `root`, each once, in no order that counts.
+
+    nn.Module.modules gives them through nested generators; this is asked at each run's start.
+    """
     found: dict[int, nn.Module] = {}
     waiting = [root]
     while waiting:
