@@ -33,8 +33,8 @@ class OptimizeConfig:
     capture: bool = True
 
     def __post_init__(self) -> None:
-        _check("backend", self.backend, BACKENDS)
-        _check("on_failure", self.on_failure, ON_FAILURE)
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("on_failure", self.on_failure, ON_FAILURE)
 
     @property
     def strict(self) -> bool:
@@ -56,6 +56,11 @@ def capture_bytes() -> int | None:
     return _mebibytes("BLADE_CAPTURE_MIB", "", least=0)
 
 
+def lora_cache_bytes() -> int:
+    """Byte budget of LoRA files kept in memory: `BLADE_LORA_CACHE_MIB` (default 4096 MiB)."""
+    return _mebibytes("BLADE_LORA_CACHE_MIB", "4096", least=1)
+
+
 def _mebibytes(name: str, default: str, *, least: int) -> int:
     text = os.environ.get(name, default)
     if not text.isdecimal() or int(text) < least:
@@ -67,7 +72,12 @@ def _mebibytes(name: str, default: str, *, least: int) -> int:
     return int(text) * 2**20
 
 
-def _check(name: str, value: str, valid: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of `valid`.
+
+    Raises:
+        InvalidChoice: naming the input, the value and what is valid.
+    """
     if value not in valid:
         raise InvalidChoice(
             f"Blade does not know {name}={value!r}; expected one of {', '.join(valid)}. "

@@ -5,6 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
+_NAMED = 20
+"""How many names of one list are shown; the JSON holds all."""
+
 
 def as_text(stats: dict[str, Any]) -> str:
     """Return `stats` (host/model.py) as lines for reading."""
@@ -20,7 +23,38 @@ def as_text(stats: dict[str, Any]) -> str:
         lines.append("- This model does not run through Blade Optimize Model.")
     for model in stats["models"]:
         lines += ["", *_model(model)]
+    if stats.get("loras"):
+        lines += ["", *_loras(stats["loras"])]
     return "\n".join(lines)
+
+
+def _loras(loras: dict[str, Any]) -> list[str]:
+    written = loras["switch_ms"]
+    lines = [
+        f"- {len(loras['rows'])} LoRAs in {loras['weights']} weights, fused in "
+        f"{loras['fuse_ms']:.0f} ms, "
+        + ("not written yet" if written is None else f"written in {written:.0f} ms")
+    ]
+    for row in loras["rows"]:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in row["kinds"].items())
+        ranks = "" if row["ranks"] is None else f", rank {_range(*row['ranks'])}"
+        lines.append(
+            f"- LoRA {row['name']} (model {row['strength_model']:g}, clip "
+            f"{row['strength_clip']:g}{ranks}): {row['keys']} weights ({kinds})"
+        )
+        for what in ("skipped", "unmatched"):
+            if row[what]:
+                lines.append(f"- {what} in {row['name']}: {_some(row[what])}")
+    return lines
+
+
+def _range(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _model(model: dict[str, Any]) -> list[str]:

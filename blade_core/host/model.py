@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import nn
 
 from ..capture import CaptureBudget
-from ..config import OptimizeConfig, capture_bytes
+from ..config import OptimizeConfig, capture_bytes, lora_cache_bytes
 from ..engine import Engine
 from ..log import logger
 from ..recorder import CudaRecorder
 from .dynamic import non_dynamic_clone
-from .patcher import as_stock, switch_in_place
+from .fuse import Row, fuse_loras
+from .lora_file import LoraLibrary
+from .patcher import FUSED, as_stock, switch_in_place
 from .progress import CompileProgress, say
 from .unet import OptimizedUNet
 
@@ -32,8 +34,16 @@ class Session:
     def __init__(self) -> None:
         self.engine = Engine()
         self.captures = CaptureBudget(self.engine.counters, CudaRecorder, capture_bytes())
+        self.loras = LoraLibrary(lora_cache_bytes())
+        self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._unets: weakref.WeakKeyDictionary[nn.Module, dict[OptimizeConfig, OptimizedUNet]]
         self._unets = weakref.WeakKeyDictionary()
+
+    def prepare(self, unet: nn.Module) -> None:
+        """Once: the first LoRA must find weights as the graphs saw them (hosts before 0.30)."""
+        if unet not in self._prepared:
+            self._prepared.add(unet)
+            unet.requires_grad_(False)
 
     def states(self, unet: nn.Module) -> list[OptimizedUNet]:
         """What is known of `unet`, under every configuration that it ran with."""
@@ -58,6 +68,11 @@ class Session:
                 "bytes": cache.nbytes,
                 "budget_bytes": cache.budget,
                 "keys": [str(key) for key in cache.all_keys()],
+            },
+            "lora_files": {
+                "reads": self.loras.reads,
+                "bytes": self.loras.nbytes,
+                "budget_bytes": self.loras.budget,
             },
             "models": [state.report() for state in states],
         }
@@ -148,8 +163,7 @@ def optimize_model(
         session().engine.backends(config, model.load_device)
     clone = non_dynamic_clone(model)
     _remove_blade(clone)
-    # The first LoRA must find the weights as the graphs saw them (hosts before 0.30).
-    clone.model.diffusion_model.requires_grad_(False)
+    session().prepare(clone.model.diffusion_model)
     switch_in_place(clone)
     attachment = Attachment(config, node_id)
     clone.set_attachments(_KEY, attachment)
@@ -173,10 +187,26 @@ def stats(model: ModelPatcher | None = None) -> dict[str, Any]:
     """What Blade did, as plain data: for `model` with the settings of its own node, or for all."""
     if model is None:
         return session().stats()
-    attachment = model.attachments.get(_KEY)
-    if attachment is None:
-        return session().stats([])
-    return session().stats([session().unet(model.model.diffusion_model, attachment.config)])
+    attachment, fused = model.attachments.get(_KEY), model.attachments.get(FUSED)
+    states = []
+    if attachment is not None:
+        states = [session().unet(model.model.diffusion_model, attachment.config)]
+    return session().stats(states) | {"loras": fused.report() if fused else None}
+
+
+def fuse(
+    model: ModelPatcher,
+    clip: Any,
+    stack: Sequence[Row],
+    rows: Sequence[Row],
+    *,
+    on_failure: str,
+    node_id: str | None = None,
+) -> tuple[ModelPatcher, Any]:
+    """`fuse_loras` with the process's own library of files."""
+    return fuse_loras(
+        session().loras, model, clip, stack, rows, on_failure=on_failure, node_id=node_id
+    )
 
 
 def _remove_blade(model: ModelPatcher) -> None:

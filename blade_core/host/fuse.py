@@ -1,0 +1,297 @@
+"""BladeFusedLoRA's work: any number of LoRAs as one patch for each weight."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+from comfy.model_patcher import ModelPatcher
+
+from ..config import ON_FAILURE, check_choice
+from ..errors import LoraError
+from ..log import logger
+from .adapters import FusedDelta, Part, parts_of, scaled
+from .lora_file import Lora, LoraFile, LoraLibrary, Targets
+from .patcher import FUSED, switch_in_place
+from .progress import say
+
+_READERS = 4
+"""Files that are read beside each other."""
+
+_NAMED = 5
+"""How many weights a message names."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One LoRA as a user chose it."""
+
+    name: str
+    strength_model: float
+    strength_clip: float
+
+    @classmethod
+    def of_stack(cls, stack: Any) -> list[Row]:
+        """The rows of a LORA_STACK in use.
+
+        Raises:
+            LoraError: it is no list of (name, strength for the model, strength for the clip).
+        """
+        try:
+            rows = [cls(str(n), float(model), float(clip)) for n, model, clip in stack or ()]
+        except (TypeError, ValueError) as error:
+            raise LoraError(
+                f"lora_stack holds {str(stack)[:200]}; expected a list of (file name, model "
+                "strength, clip strength). Wire the lora_stack of a LoRA stack node."
+            ) from error
+        return [row for row in rows if row.active]
+
+    @property
+    def active(self) -> bool:
+        return self.name not in ("", "None") and bool(self.strength_model or self.strength_clip)
+
+    @property
+    def stack_entry(self) -> tuple[str, float, float]:
+        """As LORA_STACK holds it, which other packs make and take, too."""
+        return self.name, self.strength_model, self.strength_clip
+
+
+@dataclass
+class Fused:
+    """What BladeFusedLoRA left on a clone: for the report, and for the next such node.
+
+    stack: all that this clone got so far, in order. switch_ms: of the last writing of weights.
+    """
+
+    stack: tuple[Row, ...] = ()
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    weights: int = 0
+    fuse_ms: float = 0.0
+    switch_ms: float | None = None
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "weights": self.weights,
+            "fuse_ms": round(self.fuse_ms, 1),
+            "switch_ms": None if self.switch_ms is None else round(self.switch_ms, 1),
+        }
+
+
+@dataclass
+class _Component:
+    """The model or the text encoder, which get the same files at strengths of their own."""
+
+    patcher: ModelPatcher
+    targets: Targets
+    strength: Callable[[Row], float]
+
+    @property
+    def fused(self) -> Fused:
+        return self.patcher.attachments.get(FUSED) or Fused()
+
+
+def fuse_loras(
+    library: LoraLibrary,
+    model: ModelPatcher,
+    clip: Any,
+    stack: Sequence[Row],
+    rows: Sequence[Row],
+    *,
+    on_failure: str,
+    node_id: str | None = None,
+) -> tuple[ModelPatcher, Any]:
+    """Return clones of `model` and `clip` (or None) with the LoRAs of `stack`, then `rows`.
+
+    What is a mere sum becomes one patch for each weight, joined with that of a node before; a
+    stack that the incoming clone has already is not applied again. Everything else stays the
+    host's own patch, in its place. Both come back as they are if there is nothing to do.
+
+    Raises:
+        LoraError: a file is missing, unreadable or for other models; or, if `on_failure` is
+            `error`, some of it cannot be used.
+        InvalidChoice: `on_failure` is unknown.
+    """
+    check_choice("on_failure", on_failure, ON_FAILURE)
+    start = time.perf_counter()
+    components = [_Component(model, library.unet_targets(model.model), _of_model)]
+    if clip is not None:
+        targets = library.clip_targets(clip.cond_stage_model)
+        components.append(_Component(clip.patcher, targets, _of_clip))
+    wanted = [_not_there_yet(component, stack) + list(rows) for component in components]
+    files = _read(library, components, wanted, node_id)
+    reports = {row: _report(row, files[row], components) for row in files}
+    _complain(reports, strict=on_failure == "error")
+    results = []
+    for number, (component, chosen) in enumerate(zip(components, wanted, strict=True)):
+        active = [row for row in chosen if component.strength(row)]
+        if active:
+            loras = [files[row][1][number] for row in active]
+            names = [files[row][0] for row in active]
+            whole = component.patcher if number == 0 else clip
+            results.append(_patched(whole, component, active, names, loras, reports, start))
+        else:
+            results.append(component.patcher if number == 0 else clip)
+    return results[0], results[1] if clip is not None else None
+
+
+def _of_model(row: Row) -> float:
+    return row.strength_model
+
+
+def _of_clip(row: Row) -> float:
+    return row.strength_clip
+
+
+def _not_there_yet(component: _Component, stack: Sequence[Row]) -> list[Row]:
+    """`stack`, unless it came with the clone from the same node before."""
+    return [] if stack and component.fused.stack == tuple(stack) else list(stack)
+
+
+_Files = dict[Row, tuple[LoraFile, list[Lora]]]
+
+
+def _read(
+    library: LoraLibrary,
+    components: Sequence[_Component],
+    wanted: Iterable[list[Row]],
+    node_id: str | None,
+) -> _Files:
+    rows = list(dict.fromkeys(row for chosen in wanted for row in chosen))
+    files = {row: LoraFile.find(row.name) for row in rows}  # all of them, before any is read
+    targets = [component.targets for component in components]
+    new = [file for file in dict.fromkeys(files.values()) if not library.has(file, targets)]
+    pinned = comfy.model_management.is_nvidia()
+
+    def read(file: LoraFile) -> list[Lora]:
+        return library.get(file, targets, pinned=pinned)
+
+    loras = {file: read(file) for file in files.values() if file not in new}
+    if new:
+        bar = comfy.utils.ProgressBar(len(new), node_id=node_id)
+        say(f"reading {len(new)} LoRAs", node_id)
+        with ThreadPoolExecutor(_READERS) as pool:
+            for file, found in zip(new, pool.map(read, new), strict=True):
+                loras[file] = found
+                bar.update(1)
+        say(f"{len(new)} LoRAs read", node_id)
+    return {row: (file, loras[file]) for row, file in files.items()}
+
+
+def _report(
+    row: Row, found: tuple[LoraFile, list[Lora]], components: Sequence[_Component]
+) -> dict[str, Any]:
+    loras = found[1]
+    ranks = set().union(*(lora.ranks for lora in loras))
+    kinds = sum((lora.kinds for lora in loras[1:]), loras[0].kinds)
+    return {
+        "name": row.name,
+        "strength_model": row.strength_model,
+        "strength_clip": row.strength_clip,
+        "ranks": [min(ranks), max(ranks)] if ranks else None,
+        "kinds": dict(kinds),
+        "keys": sum(kinds.values()),
+        "unmatched": sorted(set.intersection(*(lora.unmatched for lora in loras))),
+        "skipped": [f"{key}: {why}" for lora in loras for key, why in lora.skipped.items()],
+        "for": ["model", "clip"][: len(components)],
+    }
+
+
+def _complain(reports: dict[Row, dict[str, Any]], *, strict: bool) -> None:
+    """Raise for what cannot be used at all, and say what is left out.
+
+    Raises:
+        LoraError: see `fuse_loras`.
+    """
+    for report in reports.values():
+        name, skipped = report["name"], report["skipped"]
+        if not report["keys"] and not skipped:
+            seen = _some(report["unmatched"]) or "no tensors at all"
+            what = " or ".join(report["for"])
+            raise LoraError(
+                f"Nothing in the LoRA {name!r} fits this {what}. It holds {seen}; expected were "
+                "names of this model's own layers, as kohya, diffusers or ComfyUI write them. "
+                "It was probably made for another architecture: choose one for this model."
+            )
+        if skipped:
+            message = f"Part of the LoRA {name!r} cannot be used: {_some(skipped)}"
+            if strict:
+                raise LoraError(
+                    f"{message}. Use a sound file, or set on_failure to fallback to go on "
+                    "without these weights."
+                )
+            logger.warning("%s. It is applied without these weights.", message)
+        if report["unmatched"] and report["keys"]:
+            logger.info("LoRA %s: not used: %s", name, _some(report["unmatched"]))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _patched(
+    whole: Any,
+    component: _Component,
+    rows: Sequence[Row],
+    files: Sequence[LoraFile],
+    loras: Sequence[Lora],
+    reports: dict[Row, dict[str, Any]],
+    start: float,
+) -> Any:
+    """A clone of `whole`, a ModelPatcher or a CLIP, with `loras` on it."""
+    clone = whole.clone()
+    patcher = clone.patcher if hasattr(clone, "patcher") else clone
+    strengths = [component.strength(row) for row in rows]
+    before, fused = patcher.patches_uuid, component.fused
+    _add(patcher, component.targets, loras, strengths)
+    # The same LoRAs on the same model are the same weights, whichever node fused them.
+    content = repr([*zip(files, strengths, strict=True), component.targets.digest])
+    patcher.patches_uuid = uuid.uuid5(before, content)
+    switch_in_place(patcher)
+    patcher.set_attachments(
+        FUSED,
+        replace(
+            fused,
+            stack=(*fused.stack, *rows),
+            rows=[*fused.rows, *(reports[row] for row in rows)],
+            weights=len(patcher.patches),
+            fuse_ms=fused.fuse_ms + (time.perf_counter() - start) * 1e3,
+            switch_ms=None,
+        ),
+    )
+    return clone
+
+
+def _add(
+    patcher: ModelPatcher, targets: Targets, loras: Sequence[Lora], strengths: Sequence[float]
+) -> None:
+    """Register the patches, in order: sums that follow each other are one, also with one that a
+    Blade node before has left."""
+    sums: dict[str, list[Part]] = {}
+    for lora, strength in zip(loras, strengths, strict=True):
+        for key, part in lora.parts.items():
+            sums.setdefault(key, []).append(scaled(part, strength))
+        if lora.others:
+            closed = {key if isinstance(key, str) else key[0] for key in lora.others}
+            _add_sums(patcher, {key: sums.pop(key) for key in closed if key in sums})
+            patcher.add_patches(lora.others, strength)
+    _add_sums(patcher, sums)
+
+
+def _add_sums(patcher: ModelPatcher, sums: dict[str, list[Part]]) -> None:
+    """What the host's add_patches does, but for asking for the model's names once more, which
+    takes longer than all else here: these are names of its weights."""
+    for key, parts in sums.items():
+        there = patcher.patches.get(key, [])
+        joined = parts_of(there[-1:]) if there and type(there[-1][1]) is FusedDelta else None
+        if joined is not None:
+            there, parts = there[:-1], [*joined, *parts]
+        patch = (1.0, FusedDelta(set(), tuple(parts)), 1.0, None, None)
+        patcher.patches[key] = [*there, patch]
