@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +10,28 @@ import torch
 
 from benchmarks.device import Memory, Trace, synchronize
 from benchmarks.flops import tflop_per_step
-from benchmarks.models import load_vae, with_loras
+from benchmarks.loaders import Stack
+from benchmarks.loras import LoraFiles
+from benchmarks.models import load_model, load_vae
 from benchmarks.rows import Row
-from benchmarks.sampling import Conditioning, Runner
+from benchmarks.sampling import Conditioning, Run, Runner
 from benchmarks.scenarios import Scenario
 from benchmarks.systems import System
 
 _DECODES = 10
-_SWITCHES = 3
-_STRENGTHS = (1.0, 0.7)
+_SWITCHES, _MOST_SWITCHES, _SWITCH_SECONDS = 3, 8, 5.0
+"""Switches that are timed, and how many where so many seconds suffice for more."""
 
 
 class Bench:
     """Measures scenarios with one system in this process."""
 
     def __init__(
-        self, system: System, device: torch.device, references: Path, *, is_reference: bool
+        self, system: System, device: torch.device, shared: Path, *, is_reference: bool
     ) -> None:
         self.system, self.device = system, device
-        self._references, self._is_reference = references, is_reference
+        self._references, self._is_reference = shared, is_reference
+        self._files = LoraFiles(shared / "loras", device)
         self._used_before = Memory(device).before
         self._stock: dict[str, Any] = {}
         self._last_shape: tuple[Any, ...] | None = None
@@ -58,11 +61,12 @@ class Bench:
             torch.compiler.reset()  # or Dynamo would make the next shape's graphs dynamic
 
     def _images(self, scenario: Scenario, memory: Memory) -> Row:
-        model = self._patched(scenario, range(scenario.loras), 1.0)
+        graph = self._graph(scenario)
+        model = graph(self._files.stack(scenario))
         run = Runner(model, scenario, Conditioning(scenario, self.device), self.device)
         first, warm = run(), run()
         more = [run() for _ in range(3 if scenario.steps <= 20 else 2)]
-        step_ms = sorted(ms for one in more for ms in one.step_ms[1:])
+        step_ms = _step_ms(more)
         row: Row = {
             "step_ms": round(statistics.median(step_ms), 3),
             "step_ms_p90": round(step_ms[int(0.9 * len(step_ms))], 3),
@@ -113,52 +117,65 @@ class Bench:
         return _with_gap(row)
 
     def _switches(self, scenario: Scenario, memory: Memory) -> Row:
-        """Another stack of LoRAs, or the same with other strengths, on a model in use."""
+        """Other LoRAs, or the same with other strengths, on a model in use."""
         import comfy.model_management
 
         conditioning = Conditioning(scenario, self.device)
-        first_stack = range(scenario.loras)
-        other_stack = range(scenario.loras, 2 * scenario.loras)
-        if scenario.kind == "strength":
-            other_stack = first_stack
-        for seeds in (first_stack, other_stack):  # the files are read
-            self._patched(scenario, seeds, _STRENGTHS[0])
-
-        model = self._patched(scenario, first_stack, _STRENGTHS[0])
-        run = Runner(model, scenario, conditioning, self.device)
-        first, warm = run(), run()
-        chain_s, switch_s, image_s = [], [], []
-        for turn in range(1, _SWITCHES + 1):
-            strength = _STRENGTHS[turn % 2 if scenario.kind == "strength" else 0]
+        turns = range(_MOST_SWITCHES + 2)
+        in_use, *stacks, unused = (self._files.stack(scenario, turn) for turn in turns)
+        graph = self._graph(scenario)
+        if scenario.kind == "switch":
+            graph(unused)  # reads the files of every other turn
+        model = graph(in_use)
+        first, warm = (Runner(model, scenario, conditioning, self.device)() for _ in range(2))
+        blade_before = _blade_counters()
+        switches, runs, image_s = [], [], []
+        end = time.monotonic() + _SWITCH_SECONDS
+        for stack in stacks:
             start = time.perf_counter()
-            model = self._patched(scenario, other_stack if turn % 2 else first_stack, strength)
+            model = graph(stack)
             chained = time.perf_counter()
             comfy.model_management.load_models_gpu([model])
             synchronize(self.device)
-            switched = time.perf_counter()
-            image = Runner(model, scenario, conditioning, self.device)()
-            chain_s.append(chained - start)
-            switch_s.append(switched - chained)
+            loaded = time.perf_counter()
+            runs.append(Runner(model, scenario, conditioning, self.device)())
             image_s.append(time.perf_counter() - start)
-        return {
-            "switch_ms": round(statistics.median(switch_s) * 1e3, 1),
-            "chain_ms": round(statistics.median(chain_s) * 1e3, 1),
+            switches.append((loaded - start, chained - start))
+            if len(runs) >= _SWITCHES and time.monotonic() > end:
+                break
+        counted = _counted(blade_before)
+        switches.sort()
+        total, nodes = (round(s * 1e3, 1) for s in switches[len(switches) // 2])
+        row: Row = {
+            "chain_ms": nodes,
+            "switch_ms": round(total - nodes, 1),
+            "total_switch_ms": total,
+            "worst_switch_ms": round(switches[-1][0] * 1e3, 1),
+            "switches": len(switches),
+            "step_ms": round(statistics.median(_step_ms([warm])), 3),
+            "switched_step_ms": round(statistics.median(_step_ms(runs)), 3),
             "switched_image_s": round(statistics.median(image_s), 3),
             "first_image_s": round(first.seconds, 3),
             "warm_first_image_s": round(warm.seconds, 3),
             "steps": scenario.steps,
-            "rel_rms": self._difference(scenario, image.latents),
+            "rel_rms": self._difference(scenario, runs[_SWITCHES - 1].latents),
             **memory.peaks(),
         }
+        if counted.get("runs"):
+            row["switch_graphs"] = counted["graphs_compiled"]
+            row["switch_captures"] = counted["captures"]
+            row["switch_captures_dropped"] = counted["captures_dropped"]
+        _also(row, lambda: self._files.check(model, scenario, stack))
+        if scenario.kind == "cold":
+            row["read_ms"] = self._files.read_ms(stack)
+        return row
 
-    def _patched(self, scenario: Scenario, seeds: range, strength: float) -> Any:
-        """The stock model after its LoRA loaders and the system's own node."""
-        from benchmarks.models import load_model
-
-        name = scenario.model
+    def _graph(self, scenario: Scenario) -> Callable[[Stack], Any]:
+        """A user's graph: from LoRAs to the model that is sampled."""
+        name, loras = scenario.model, self.system.loras()
         if name not in self._stock:
             self._stock[name] = load_model(name, self.device)
-        return self.system.apply(with_loras(self._stock[name], name, self.device, seeds, strength))
+        return lambda stack: self.system.apply(loras(self._stock[name], stack))
 
     def _difference(self, scenario: Scenario, result: torch.Tensor) -> float | None:
         """Relative RMS against the result of stock eager, which its own row has left."""
@@ -171,6 +188,11 @@ class Bench:
         expected = torch.load(file).double()
         error = (result.double() - expected).square().mean().sqrt()
         return float(f"{float(error / expected.square().mean().sqrt()):.3e}")
+
+
+def _step_ms(runs: Iterable[Run]) -> list[float]:
+    """Times of all steps but each run's first two, sorted."""
+    return sorted(ms for run in runs for ms in run.step_ms[1:])
 
 
 def _also(row: Row, measure: Callable[[], Row]) -> None:
@@ -196,10 +218,14 @@ def _blade_counters() -> dict[str, float]:
     return dict(stats()["counters"])
 
 
+def _counted(before: dict[str, float]) -> dict[str, float]:
+    """What the counters have moved by since."""
+    return {key: value - before.get(key, 0) for key, value in _blade_counters().items()}
+
+
 def _blade_fields(before: dict[str, float]) -> Row:
     """What Blade itself counted for this row; nothing where it did not run."""
-    now = _blade_counters()
-    counted = {key: value - before.get(key, 0) for key, value in now.items()}
+    counted = _counted(before)
     if not counted.get("runs"):
         return {}
     from blade.blade_core.host.model import stats

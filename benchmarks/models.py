@@ -3,8 +3,8 @@
 Speed does not depend on the values of weights; fidelity is judged against stock with the same.
 """
 
-import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,7 +64,8 @@ def load_model(name: str, device: torch.device, seed: int = 0) -> Any:
     """Return a ModelPatcher as the host's loader makes it from a UNet file, in fp16 on CUDA."""
     from comfy import sd
 
-    weights = _fill(meta_unet(name), "model.diffusion_model.", device, seed)
+    filled = unet_weights(name, device, seed)
+    weights = {f"model.diffusion_model.{key}": weight for key, weight in filled}
     model = sd.load_diffusion_model_state_dict(weights)
     assert model is not None, f"the host does not recognise the UNet {name}"
     return model
@@ -74,7 +75,8 @@ def load_controlnet(name: str, device: torch.device, seed: int) -> Any:
     """Return a ControlNet as the host's loader makes it from a file of the original format."""
     from comfy import controlnet
 
-    weights = _fill(meta_controlnet(name), "control_model.", device, 1000 + seed)
+    filled = _filled(meta_controlnet(name), device, 1000 + seed)
+    weights = {f"control_model.{key}": weight for key, weight in filled}
     return controlnet.load_controlnet_state_dict(weights)
 
 
@@ -82,32 +84,45 @@ def load_vae(name: str, device: torch.device) -> Any:
     """Return a VAE as the host's loader makes it from a VAE file."""
     from comfy import sd
 
-    weights = _fill(meta_vae(name), "", device, 0)
+    weights = dict(_filled(meta_vae(name), device, 0))
     if "vae_scale" in weights:  # TAESD's constants, no weights
         weights["vae_scale"], weights["vae_shift"] = torch.tensor(1.0), torch.tensor(0.0)
     return sd.VAE(sd=weights)
 
 
-@functools.cache
-def lora_file(name: str, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
-    """What reading a LoRA file gives: every attention, feed-forward and projection weight.
+def unet_weights(
+    name: str, device: torch.device, seed: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The UNet's weights with their names, as in its file, one after the other."""
+    return _filled(meta_unet(name), device, seed)
 
-    Keys are those of kohya's trainer: 384 for SD1.5, 1,444 for SDXL.
+
+def lora_targets(name: str) -> dict[str, str]:
+    """Every attention, feed-forward and projection weight, and its key in kohya's LoRA files.
+
+    A file has two tensors for each: 384 for SD1.5, 1,444 for SDXL.
     """
     from comfy.utils import unet_to_diffusers
 
     shapes = meta_unet(name).state_dict()
+    # Sorted: the host makes this map from sets, whose order differs from process to process.
+    return {
+        own_name: "lora_unet_" + trainer_name.removesuffix(".weight").replace(".", "_")
+        for trainer_name, own_name in sorted(unet_to_diffusers(unet_config(name)).items())
+        if ".attentions." in trainer_name
+        and ".norm" not in trainer_name
+        and own_name in shapes
+        and shapes[own_name].ndim >= 2
+    }
+
+
+def lora_tensors(name: str, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    """What a LoRA file holds."""
+    shapes = meta_unet(name).state_dict()
     generator = torch.Generator(device).manual_seed(2000 + seed)
     result: dict[str, torch.Tensor] = {}
-    # Sorted: the host makes this map from sets, whose order differs from process to process.
-    for trainer_name, own_name in sorted(unet_to_diffusers(unet_config(name)).items()):
-        weight = shapes.get(own_name)
-        if ".attentions." not in trainer_name or weight is None or weight.ndim < 2:
-            continue
-        if ".norm" in trainer_name:
-            continue
-        rows, columns, *kernel = weight.shape
-        key = "lora_unet_" + trainer_name.removesuffix(".weight").replace(".", "_")
+    for own_name, key in lora_targets(name).items():
+        rows, columns, *kernel = shapes[own_name].shape
         down = torch.randn(_RANK, columns, *kernel, generator=generator, device=device)
         up = torch.randn(rows, _RANK, *(1 for _ in kernel), generator=generator, device=device)
         down /= math.sqrt(columns)
@@ -117,22 +132,10 @@ def lora_file(name: str, device: torch.device, seed: int) -> dict[str, torch.Ten
     return result
 
 
-def with_loras(model: Any, name: str, device: torch.device, seeds: range, strength: float) -> Any:
-    """`model` after a chain of stock LoRA loaders, whose files are in memory already."""
-    from comfy import sd
-
-    for seed in seeds:
-        model, _ = sd.load_lora_for_models(
-            model, None, dict(lora_file(name, device, seed)), strength, 0.0
-        )
-    return model
-
-
-def _fill(module: Any, prefix: str, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+def _filled(module: Any, device: torch.device, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     generator = torch.Generator(device).manual_seed(seed)
-    return {
-        prefix + key: _random(key, meta, generator) for key, meta in module.state_dict().items()
-    }
+    for key, meta in module.state_dict().items():
+        yield key, _random(key, meta, generator)
 
 
 def _random(key: str, meta: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What this machine is, and the fp16 matrix rate it reaches: printed as one line of JSON.
+"""What this machine is, and the rates it reaches: printed as one line of JSON.
 
 Started by run.py in a process of its own, so that nothing of it is on the GPU while rows are
 measured.
@@ -9,6 +9,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def main() -> None:
                 "triton": _version("triton"),
                 "python": platform.python_version(),
                 "matrix_peak_tflops": round(_matrix_peak(cuda), 3),
+                "copy_gb_s": round(_copy_rate(), 1) if cuda else None,
             }
         )
     )
@@ -38,17 +40,28 @@ def _matrix_peak(cuda: bool) -> float:
     return max(_rate(size, "cuda" if cuda else "cpu") for size in sizes)
 
 
-def _rate(size: int, device: str, repeats: int = 20) -> float:
+def _rate(size: int, device: str) -> float:
     dtype = torch.float16 if device == "cuda" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device) / 1e12
+
+
+def _copy_rate() -> float:
+    """GB/s that a copy of 1 GiB on the GPU reads and writes."""
+    source = torch.ones(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * 2**30 / _best_seconds(lambda: target.copy_(source), "cuda") / 1e9
+
+
+def _best_seconds(work: Callable[[], Any], device: str, repeats: int = 20) -> float:
     best = float("inf")
     for _ in range(3):  # the first also warms up
         start = _now(device)
         for _ in range(repeats):
-            torch.mm(a, b, out=out)
+            work()
         best = min(best, _now(device) - start)
-    return 2 * size**3 * repeats / best / 1e12
+    return best / repeats
 
 
 def _now(device: str) -> float:

@@ -126,17 +126,26 @@ of the weights. So compare ratios, not seconds. Here an image is the sampling ru
 
 def _switches(rows: Sequence[Row]) -> list[str]:
     about = """\
-Rank-32 LoRAs over every attention, feed-forward and projection weight, their files in memory.
-*loaders*: the chain of LoRA loaders; *weights*: until the model is loaded with them; *with an
-image*: both and the next image."""
+Rank-32 LoRAs over every attention, feed-forward and projection weight, from fp32 files on disk, on
+a model in use. Each switch is to strengths not seen before, and an image follows. *blade* fuses
+them in BladeFusedLoRA, *blade-loader* has stock's loaders before Blade.
+
+- ms of the LoRA nodes + ms until the model is loaded with them = both, of the median switch; in
+  brackets how many times as fast as stock. *Floor*: reading and writing the changed weights once,
+  at the rate of a copy on the same GPU; where files were not read before, the time to read them
+  first. Such files are in the operating system's cache all the same.
+- *Before* and *after*: medians before any switch, and after each. *Image after* counts the switch.
+  *Graphs / captures / dropped*: what was compiled, recorded and given back over all switches.
+- *Weights*: relative RMS of the changed weights' difference from the files' values in fp64
+  arithmetic; fp16 itself rounds by 2.1e-4."""
     lines = ["## Switching LoRAs", "", about]
-    systems = ("eager", "blade")
-    scenarios = expand("switches")
-    for model in dict.fromkeys(scenario.model for scenario in scenarios):
-        names = [scenario.name for scenario in scenarios if scenario.model == model]
+    systems = ("eager", "blade-loader", "blade")
+    for model in ("sd15", "sdxl"):
+        names = [scenario.name for scenario in expand(f"switches-{model}")]
         chosen = select(rows, names, systems)
-        table = tables.switches(chosen, names, chosen.systems(systems))
-        lines += ["", *table, *_source(chosen)]
+        present = chosen.systems(systems)
+        lines += ["", *tables.switches(chosen, names, present)]
+        lines += [*tables.switched(chosen, names, present), *_source(chosen)]
     return lines
 
 
@@ -158,6 +167,8 @@ def _source(rows: Selection) -> list[str]:
     versions += [f"ComfyUI {row['comfyui']}", f"commit {row['commit']}"]
     peak = row.get("matrix_peak_tflops")
     rate = f", best fp16 matrix product {peak:.0f} TFLOP/s" if peak else ""
+    copy = row.get("copy_gb_s")
+    rate += f", copies at {copy:,.0f} GB/s" if copy else ""
     # The oldest rows have a folder of the machine in their command.
     command = re.sub(r"(--(?:comfy|out)[ =])\S+", r"\1PATH", row["command"])
     remark = json.loads(REMARKS.read_text(encoding="utf-8")).get(row["run"])

@@ -25,9 +25,20 @@ MEASURED: dict[str, str] = {
     "capture_ms": "ms spent capturing CUDA graphs",
     "captures": "CUDA graphs captured",
     "replays": "replays of CUDA graphs",
-    "switch_ms": "ms from changed patches to the model loaded with them",
-    "chain_ms": "ms of the LoRA loaders before that, files being in memory",
-    "switched_image_s": "seconds from the first LoRA loader to the end of the next image",
+    "chain_ms": "ms of the LoRA nodes and the system's own, in the switch of median length",
+    "switch_ms": "ms after that until the model is loaded with the new weights",
+    "total_switch_ms": "both: the median switch",
+    "worst_switch_ms": "both: the slowest switch",
+    "switches": "switches that were timed",
+    "floor_ms": "ms to read and write touched_mib once at copy_gb_s",
+    "touched_mib": "MiB of the weights that the LoRAs change",
+    "read_ms": "ms to read the files of a stack once, where a switch has to",
+    "switched_step_ms": "wall ms of one step after a switch, median; step_ms is before",
+    "switched_image_s": "seconds from the first LoRA node to the end of the next image",
+    "switch_graphs": "graphs compiled over all switches and their images",
+    "switch_captures": "CUDA graphs captured in that time",
+    "switch_captures_dropped": "CUDA graphs given back in that time",
+    "weights_rel_rms": "relative RMS of the changed weights' difference from fp64 arithmetic",
     "peak_vram_gib": "most memory that tensors held",
     "peak_reserved_gib": "most memory that torch's allocator held",
     "peak_device_gib": "memory of the whole device in use after the runs, less that before",
@@ -54,6 +65,7 @@ FROM_RUN = (
     "triton",
     "python",
     "matrix_peak_tflops",
+    "copy_gb_s",
     "comfyui",
     "commit",
     "command",
@@ -75,6 +87,13 @@ def with_peak_share(row: Row, matrix_peak: float | None) -> Row:
     if not (work and kernel_ms and matrix_peak):
         return row
     return row | {"peak_share": round(work / (kernel_ms / 1e3) / matrix_peak, 4)}
+
+
+def with_floor(row: Row, copy_gb_s: float | None) -> Row:
+    """`row` with the least time that its switch could take on the same machine."""
+    if not (row["touched_mib"] and copy_gb_s):
+        return row
+    return row | {"floor_ms": round(2 * row["touched_mib"] * 2**20 / copy_gb_s / 1e6, 3)}
 
 
 def read(folder: Path = RESULTS) -> list[Row]:

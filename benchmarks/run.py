@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.jobs import SHARE, Job, OutOfBudget, plan, rows_of
-from benchmarks.rows import RESULTS, ROOT, Row, empty, with_peak_share
+from benchmarks.rows import RESULTS, ROOT, Row, empty, with_floor, with_peak_share
 from benchmarks.scenarios import FORMS, expand
 from benchmarks.systems import SYSTEMS, find_system
 
@@ -93,9 +93,9 @@ def _run(
 ) -> tuple[int, list[str]]:
     """Write the jobs' rows; return how many failed, and what the time did not suffice for."""
     failures, missing = 0, []
-    with tempfile.TemporaryDirectory() as references:
+    with tempfile.TemporaryDirectory() as shared:
         command = [sys.executable, str(ROOT / "benchmarks" / "worker.py")]
-        command += ["--comfy", str(options.comfy), "--references", references]
+        command += ["--comfy", str(options.comfy), "--shared", shared]
         command += ["--allocator", options.allocator, *["--dry-run"] * options.dry_run]
         for job in jobs:
             left = [scenario.name for scenario in job.scenarios]
@@ -105,6 +105,7 @@ def _run(
                     row = empty(part["scenario"], job.system) | part | common
                     row["error"] = _without_paths(row["error"], options.comfy)
                     row = with_peak_share(row, common["matrix_peak_tflops"])
+                    row = with_floor(row, common["copy_gb_s"])
                     with file.open("a", encoding="utf-8") as stream:
                         stream.write(json.dumps(row) + "\n")
                     print(_line(row), flush=True)
@@ -175,7 +176,9 @@ def _slug(name: str) -> str:
 _HEADLINES = (
     *("step_ms", "step_kernel_ms", "host_ms"),
     *("first_image_s", "warm_first_image_s", "image_s", "capture_ms"),
-    *("switch_ms", "switched_image_s"),
+    *("chain_ms", "switch_ms", "total_switch_ms", "worst_switch_ms", "floor_ms"),
+    *("switched_step_ms", "switched_image_s", "switch_graphs", "switch_captures"),
+    *("switch_captures_dropped", "weights_rel_rms"),
     *("peak_vram_gib", "rel_rms", "peak_share", "graphs", "warnings"),
 )
 

@@ -6,14 +6,18 @@ from dataclasses import dataclass, replace
 DEFAULT_STEPS = 20
 _IMAGE = re.compile(r"(sd15|sdxl)-(\d+)-b(\d+)(?:-s(\d+))?(?:-cn(\d+))?(?:-lora(\d+))?")
 _VAE = re.compile(r"vae-(\d+)-b(\d+)")
-_SWITCH = re.compile(r"lora-(switch|strength)-(sd15|sdxl)-(\d+)")
+_SWITCH = re.compile(r"lora-(switch|strength|cold)-(sd15|sdxl)-(\d+)")
 _NATIVE = {"sd15": 512, "sdxl": 1024}
 
 FORMS = """\
 {sd15,sdxl}-SIZE-bBATCH[-sSTEPS][-cnCONTROLNETS][-loraLORAS]  a sampling run; with -s only images
 vae-SIZE-bBATCH                                               one decode
-lora-{switch,strength}-{sd15,sdxl}-LORAS                      another LoRA stack, other strengths
-main, grid-sd15, grid-sdxl, table-NAME, switches, vae         the groups of them"""
+lora-{switch,strength,cold}-{sd15,sdxl}-LORAS                 another LoRA stack, other strengths,
+                                                              a stack whose files were never read
+main, grid-{sd15,sdxl}, table-NAME, switches-{sd15,sdxl}, switches, vae    the groups of them"""
+
+SWITCHES = ("switch", "strength", "cold")
+"""The kinds of scenario that change the LoRAs of a model in use."""
 
 TABLE_STEPS = (20, 50, 100)
 TABLE_COLUMNS = {"": "none", "-lora2": "+2 LoRAs", "-cn1": "ControlNet"}
@@ -26,7 +30,7 @@ class Scenario:
 
     name: str
     kind: str
-    """`image`, `vae`, `switch` or `strength`."""
+    """`image`, `vae`, or one of SWITCHES."""
     model: str
     size: int
     batch: int = 1
@@ -41,7 +45,7 @@ class Scenario:
     @property
     def shape(self) -> tuple[str, str, int, int]:
         """What scenarios have in common that can share compiled graphs."""
-        kind = "image" if self.kind in ("switch", "strength") else self.kind
+        kind = "image" if self.kind in SWITCHES else self.kind
         return kind, self.model, self.size, self.batch
 
     @property
@@ -107,10 +111,17 @@ def sweep(model: str) -> tuple[list[str], list[str]]:
     return batches, [f"{model}-{size}-b1" for size in sizes]
 
 
+def _switches(model: str) -> list[str]:
+    kinds = ("switch-{}-1", "switch-{}-2", "switch-{}-5", "strength-{}-5", "cold-{}-5")
+    return [f"lora-{kind.format(model)}" for kind in kinds]
+
+
 _GROUPS = {
     "main": ["sd15-512-b1", "sdxl-1024-b1"],
     "grid-sd15": [name for part in sweep("sd15") for name in part],
     "grid-sdxl": [name for part in sweep("sdxl") for name in part],
-    "switches": ["lora-switch-sd15-5", "lora-switch-sdxl-5", "lora-strength-sdxl-5"],
+    "switches-sd15": _switches("sd15"),
+    "switches-sdxl": _switches("sdxl"),
+    "switches": [*_switches("sd15"), *_switches("sdxl")],
     "vae": ["vae-512-b1", "vae-1024-b1"],
 }

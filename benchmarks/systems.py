@@ -1,9 +1,11 @@
-"""The systems that are compared, each as a function MODEL -> MODEL of a user's choices."""
+"""The systems that are compared: the nodes that a user puts behind the checkpoint loader."""
 
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+
+from benchmarks.loaders import FusedLoras, LoraLoaders
 
 Apply = Callable[[Any], Any]
 
@@ -13,6 +15,8 @@ class System:
     """What is put on a model, and what the host is started with."""
 
     apply: Apply
+    loras: type[LoraLoaders] | type[FusedLoras] = LoraLoaders
+    """What stands before it where a scenario has LoRAs; each graph has its own."""
     arguments: tuple[str, ...] = ()
     dynamo: bool = False
     """Whether torch.compile guards its graphs: another shape must not make them dynamic."""
@@ -84,10 +88,11 @@ SYSTEMS: dict[str, System] = {
     "torch-compile-max": System(torch_compile_max, dynamo=True),
     # CUDA graph trees know no checkpoints of cudaMallocAsync, the host's choice on most GPUs.
     "reduce-overhead": System(reduce_overhead, dynamo=True, allocator="native"),
-    "blade": System(blade),
-    "blade-uncaptured": System(blade_uncaptured),
-    "blade-frozen": System(blade_frozen),
-    "blade-traced": System(blade_traced),
+    "blade-loader": System(blade),  # LoRAs by stock's nodes
+    "blade": System(blade, FusedLoras),
+    "blade-uncaptured": System(blade_uncaptured, FusedLoras),
+    "blade-frozen": System(blade_frozen, FusedLoras),
+    "blade-traced": System(blade_traced, FusedLoras),
 }
 
 

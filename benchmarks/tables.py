@@ -171,24 +171,73 @@ def _ratios(theirs: Sequence[float | None], own: Sequence[float | None]) -> list
 
 
 def switches(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
-    """What another LoRA stack, or other strengths, cost."""
-    lines = []
-    for scenario in scenarios:
-        found = parse(scenario)
-        what = "another stack" if found.kind == "switch" else "other strengths"
-        for system in systems:
-            if rows.value(scenario, system, "switch_ms") is None:
-                cells = [_missing(rows, scenario, system), *[NONE] * 3]
-            else:
-                cells = [
-                    _cell(rows, scenario, "chain_ms", " ms")(system),
-                    _cell(rows, scenario, "switch_ms", " ms")(system),
-                    _cell(rows, scenario, "switched_image_s", " s")(system),
-                    _cell(rows, scenario, "warm_first_image_s", " s")(system),
-                ]
-            lines.append([f"{_MODELS[found.model]}, {found.loras} LoRAs, {what}", system, *cells])
-    head = ["", "system", "loaders", "weights", "with an image", "image without a switch"]
-    return [*_table(head, lines), *_errors(rows, scenarios)]
+    """What other LoRAs cost: ms of the nodes and of loading the model, and times stock's speed."""
+
+    def parts(scenario: str, system: str) -> list[float]:
+        fields = ("chain_ms", "switch_ms")
+        found = [rows.value(scenario, system, field) for field in fields]
+        return [ms for ms in found if ms is not None]
+
+    def cell(scenario: str, system: str) -> str:
+        mine, stock = parts(scenario, system), sum(parts(scenario, "eager"))
+        if not mine:
+            return _missing(rows, scenario, system)
+        text = f"{' + '.join(number(ms) for ms in mine)} = {number(sum(mine))}"
+        faster = f" ({number(stock / sum(mine), TIMES)})" if stock else ""
+        return text if system == "eager" else text + faster
+
+    def floor(scenario: str) -> str:
+        """The best of all systems: the files and the weights are the same."""
+        found = [
+            [ms for s in systems if (ms := rows.value(scenario, s, field)) is not None]
+            for field in ("read_ms", "floor_ms")
+        ]
+        return " + ".join(number(min(times)) for times in found if times) or NONE
+
+    lines = [[_switch(s), *(cell(s, system) for system in systems), floor(s)] for s in scenarios]
+    return [*_table(["ms a switch", *systems, "floor"], lines), *_errors(rows, scenarios)]
+
+
+def switched(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
+    """What a switch leaves behind, of what was measured."""
+
+    def captures(scenario: str, system: str) -> str:
+        fields = ("switch_graphs", "switch_captures", "switch_captures_dropped")
+        counts = [rows.value(scenario, system, field) for field in fields]
+        measured = any(count is not None for count in counts)
+        return " / ".join(number(count, digits=0) for count in counts) if measured else NONE
+
+    lines = [
+        [
+            _switch(scenario),
+            system,
+            _cell(rows, scenario, "worst_switch_ms", " ms")(system),
+            _cell(rows, scenario, "step_ms", " ms")(system),
+            _cell(rows, scenario, "switched_step_ms", " ms")(system),
+            _cell(rows, scenario, "warm_first_image_s", " s")(system),
+            _cell(rows, scenario, "switched_image_s", " s")(system),
+            captures(scenario, system),
+            _power(rows, scenario, "weights_rel_rms")(system),
+            _latents(rows, scenario)(system),
+        ]
+        for scenario in scenarios
+        for system in systems
+        if rows.value(scenario, system, "switch_ms") is not None
+    ]
+    head = ["", "system", "slowest", "step before", "step after", "image before", "image after"]
+    head += ["graphs / captures / dropped", "weights", "latents"]
+    return ["", *_table(head, lines)] if lines else []
+
+
+def _switch(scenario: str) -> str:
+    found = parse(scenario)
+    kinds = {
+        "switch": "another stack",
+        "strength": "other strengths",
+        "cold": "another stack, files not read before",
+    }
+    count = f"{found.loras} LoRA{'s' * (found.loras > 1)}"
+    return f"{_MODELS[found.model]}, {count}, {kinds[found.kind]}"
 
 
 def decodes(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
@@ -255,9 +304,14 @@ def _gap(rows: Selection, scenario: str) -> Callable[[str], str]:
 
 
 def _latents(rows: Selection, scenario: str) -> Callable[[str], str]:
+    power = _power(rows, scenario, "rel_rms")
+    return lambda system: NONE if system == "eager" else power(system)
+
+
+def _power(rows: Selection, scenario: str, field: str) -> Callable[[str], str]:
     def cell(system: str) -> str:
-        value = rows.value(scenario, system, "rel_rms")
-        return NONE if value is None or system == "eager" else f"{value:.1e}".replace("e-0", "e-")
+        value = rows.value(scenario, system, field)
+        return NONE if value is None else f"{value:.1e}".replace("e-0", "e-")
 
     return cell
 

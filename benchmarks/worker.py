@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--comfy", type=Path, required=True)
     parser.add_argument("--scenarios", required=True, help="names, with commas between")
     parser.add_argument("--system", required=True)
-    parser.add_argument("--references", type=Path, required=True, help="folder of eager's results")
+    parser.add_argument("--shared", type=Path, required=True, help="folder of the run's workers")
     parser.add_argument("--allocator", default="stock")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
@@ -41,7 +41,7 @@ def main() -> None:
     if options.dry_run:
         torch.set_num_threads(1)  # tiny models: threads would mostly wait for each other
     with torch.inference_mode():
-        bench = Bench(system, device, options.references, is_reference=options.system == "eager")
+        bench = Bench(system, device, options.shared, is_reference=options.system == "eager")
         for name in options.scenarios.split(","):
             scenario = parse(name)
             if options.dry_run:

@@ -15,9 +15,10 @@ from devtools.host import check_host, default_host_path
 SCENARIOS = (
     "sd15-512-b1",
     "sd15-512-b1-cn1",
-    "sd15-512-b1-s20-lora2",
+    "sd15-512-b1-s20-lora9",
     "lora-switch-sd15-2",
     "lora-strength-sd15-2",
+    "lora-cold-sd15-1",
     "vae-512-b1",
 )
 SYSTEMS = ("eager", "blade-traced-fast")
@@ -53,11 +54,15 @@ def test_rows_hold_what_their_kind_measures(
     rows: dict[tuple[str, str], dict[str, Any]],
 ) -> None:
     image = ("step_ms", "step_kernel_ms", "host_ms", "first_image_s", "image_s", "tflop_per_step")
-    switch = ("switch_ms", "chain_ms", "switched_image_s", "warm_first_image_s")
+    times = ("chain_ms", "switch_ms", "worst_switch_ms", "step_ms", "switched_step_ms")
+    switch = (*times, "switched_image_s", "warm_first_image_s", "touched_mib")
     decode = ("step_ms", "step_kernel_ms", "tflop_per_step", "peak_share")
     for (scenario, _), row in rows.items():
         if scenario.startswith("lora"):
             fields: tuple[str, ...] = switch
+            fields += ("read_ms",) if "cold" in scenario else ()
+            parts = row["chain_ms"] + row["switch_ms"]
+            assert row["total_switch_ms"] == pytest.approx(parts) and row["switches"] >= 3
         elif scenario.startswith("vae"):
             fields = decode
         else:
@@ -73,10 +78,23 @@ def test_every_process_measures_the_same_thing(
         assert row["rel_rms"] == 0.0 if system == "eager" else row["rel_rms"] < 1e-3
 
 
+def test_a_switch_leaves_the_weights_that_the_files_say(
+    rows: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    """In fp32, as they are here. A strength that is wrong by a hundredth is off by 1e-3."""
+    switches = {key: row for key, row in rows.items() if key[0].startswith("lora")}
+    assert len(switches) == 6
+    for (_, system), row in switches.items():
+        assert row["weights_rel_rms"] < 1e-6
+        counted = 0 if system.startswith("blade") else None
+        assert row["switch_graphs"] == row["switch_captures"] == counted
+        assert row["switch_captures_dropped"] == counted
+
+
 def test_blade_says_what_it_did(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     first = rows["sd15-512-b1", "blade-traced-fast"]
     assert first["cold"] and first["graphs"] > 0 and first["blocks_eager"] == 0
-    later = rows["sd15-512-b1-s20-lora2", "blade-traced-fast"]
+    later = rows["sd15-512-b1-s20-lora9", "blade-traced-fast"]
     assert not later["cold"] and later["graphs"] == 0
     assert rows["sd15-512-b1", "eager"]["graphs"] is None
 
