@@ -9,6 +9,7 @@ from .errors import InvalidChoice
 
 BACKENDS = ("auto", "torch_blade", "inductor", "eager")
 ON_FAILURE = ("fallback", "error")
+FROZEN_CHANGE = ("rebuild", "refuse")
 
 FORMAT_VERSION = 1
 """Counts changes of the pack that make graphs of older versions wrong."""
@@ -21,6 +22,7 @@ class OptimizeConfig:
     backend: the compiler; `auto` takes the first that can run: torch_blade, then inductor.
     freeze_weights: fold the weights into the graphs. Costs a rebuild for every weight change.
     on_failure: `fallback` runs what cannot be compiled as stock ComfyUI would; `error` raises.
+    frozen_change: when frozen weights change, `rebuild` compiles again and `refuse` raises.
     capture: replay a step as one CUDA graph where it can be; off for measuring what that gives.
 
     Raises:
@@ -30,11 +32,13 @@ class OptimizeConfig:
     backend: str = "auto"
     freeze_weights: bool = False
     on_failure: str = "fallback"
+    frozen_change: str = "rebuild"
     capture: bool = True
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, BACKENDS)
         check_choice("on_failure", self.on_failure, ON_FAILURE)
+        check_choice("frozen_change", self.frozen_change, FROZEN_CHANGE)
 
     @property
     def strict(self) -> bool:

@@ -26,6 +26,10 @@ class UnknownStructure(BladeError):
     """A module holds state that no key can describe, so that no graph of it may be shared."""
 
 
+class WeightsFrozen(BladeError):
+    """Weights that are folded into graphs changed, and the user chose not to compile again."""
+
+
 class CompileFailed(BladeError):
     """A compiler gave up on one graph.
 

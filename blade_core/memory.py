@@ -2,53 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 _BLOCK = 2**25
-"""Bytes. Torch rounds pinned memory up to a power of two, so that one size wastes nothing."""
+"""Bytes. Torch rounds pinned memory up to a power of two, so that full blocks waste nothing."""
 _ALIGNMENT = 64
 
 
-class Arena:
-    """Copies tensors one behind the other into few blocks, which live as long as any copy.
+def pack(tensors: Sequence[torch.Tensor], *, pinned: bool) -> tuple[list[torch.Tensor], bool]:
+    """Copy CPU tensors into few blocks, each dtype's in order, one behind the other.
 
+    Returns the copies, and whether it is sure that none holds NaN or infinity: sums over whole
+    blocks tell, which may overflow without. A block lives as long as any copy in it.
     pinned: in page-locked memory, if there is any left.
     """
+    copies: dict[int, torch.Tensor] = {}
+    finite = True
+    for dtype in {tensor.dtype for tensor in tensors}:
+        mine = [number for number, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        for numbers in _blocks([tensors[n] for n in mine], mine):
+            sizes = [_aligned(tensors[n]) for n in numbers]
+            block = _empty(sum(sizes), dtype, pinned).zero_()  # what lies between is summed, too
+            start = 0
+            for n, size in zip(numbers, sizes, strict=True):
+                place = block[start : start + tensors[n].numel()]
+                copies[n] = place.view(tensors[n].shape).copy_(tensors[n])
+                start += size
+            if dtype.is_floating_point or dtype.is_complex:
+                finite &= bool(block.sum(dtype=_wide(dtype)).isfinite())
+    return [copies[number] for number in range(len(tensors))], finite
 
-    def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned
-        self._blocks: dict[torch.dtype, list[torch.Tensor]] = {}
-        self._used: dict[torch.dtype, int] = {}  # elements of the last block
 
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy of a CPU tensor."""
-        blocks = self._blocks.setdefault(tensor.dtype, [])
-        count, used = tensor.numel(), self._used.get(tensor.dtype, 0)
-        if not blocks or used + count > blocks[-1].numel():
-            blocks.append(self._new_block(tensor))
+def _blocks(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> list[list[int]]:
+    """`numbers` of tensors that fill a block each."""
+    blocks: list[list[int]] = []
+    used = _BLOCK
+    for number, tensor in zip(numbers, tensors, strict=True):
+        size = _aligned(tensor) * tensor.element_size()
+        if used + size > _BLOCK:
+            blocks.append([])
             used = 0
-        aligned = _ALIGNMENT // tensor.element_size()
-        self._used[tensor.dtype] = used + -(-count // aligned) * aligned
-        return blocks[-1][used : used + count].view(tensor.shape).copy_(tensor)
+        blocks[-1].append(number)
+        used += size
+    return blocks
 
-    def surely_finite(self) -> bool:
-        """Whether no tensor holds NaN or infinity, as far as sums over whole blocks tell: they
-        may overflow without."""
-        return all(
-            bool(block.sum(dtype=torch.float32).isfinite())
-            for dtype, blocks in self._blocks.items()
-            if dtype.is_floating_point
-            for block in blocks
-        )
 
-    def _new_block(self, tensor: torch.Tensor) -> torch.Tensor:
-        count = max(tensor.numel(), _BLOCK // tensor.element_size())
-        with torch.inference_mode(False):  # or no one could write it outside of that mode
-            if self._pinned:
-                try:
-                    block = torch.empty(count, dtype=tensor.dtype, pin_memory=True)
-                except RuntimeError:  # the system locks no more pages
-                    self._pinned = False
-            if not self._pinned:
-                block = torch.empty(count, dtype=tensor.dtype)
-        return block.zero_()  # what lies between tensors and behind them is summed, too
+def _aligned(tensor: torch.Tensor) -> int:
+    """Elements that a tensor takes in a block."""
+    step = max(1, _ALIGNMENT // tensor.element_size())
+    return -(-tensor.numel() // step) * step
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex64 if dtype.is_complex else torch.float32
+
+
+def _empty(count: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+    with torch.inference_mode(False):  # or no one could write it outside of that mode
+        if pinned:
+            try:
+                return torch.empty(count, dtype=dtype, pin_memory=True)
+            except RuntimeError:  # the system locks no more pages
+                pass
+        return torch.empty(count, dtype=dtype)

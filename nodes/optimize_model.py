@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..blade_core.config import BACKENDS, ON_FAILURE, OptimizeConfig
+from ..blade_core.config import BACKENDS, FROZEN_CHANGE, ON_FAILURE, OptimizeConfig
 from ..blade_core.host.model import optimize_model, without_blade
 
 
@@ -70,6 +70,17 @@ class BladeOptimizeModel:
                     },
                 ),
             },
+            "optional": {
+                "frozen_change": (
+                    list(FROZEN_CHANGE),
+                    {
+                        "default": "rebuild",
+                        "tooltip": "With freeze_weights on, what happens when a LoRA, a strength "
+                        "or the checkpoint changes. rebuild: it compiles again, with a warning. "
+                        "refuse: the prompt stops and says so. Typical: rebuild.",
+                    },
+                ),
+            },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
@@ -80,10 +91,14 @@ class BladeOptimizeModel:
         freeze_weights: bool,
         on_failure: str,
         enabled: bool,
+        frozen_change: str = "rebuild",
         unique_id: str | None = None,
     ) -> tuple[Any]:
         config = OptimizeConfig(
-            backend=backend, freeze_weights=freeze_weights, on_failure=on_failure
+            backend=backend,
+            freeze_weights=freeze_weights,
+            on_failure=on_failure,
+            frozen_change=frozen_change,
         )
         if not enabled:
             return (without_blade(model),)

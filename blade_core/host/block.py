@@ -17,7 +17,7 @@ from ..capture import Replayer, Work
 from ..config import OptimizeConfig
 from ..counters import Counters
 from ..engine import Engine
-from ..errors import CompileFailed, UnknownStructure, is_out_of_memory
+from ..errors import CompileFailed, UnknownStructure, WeightsFrozen, is_out_of_memory
 from ..graph import Graph, GraphRequest, Positional, Static, skeleton
 from ..key import GraphKey, TensorSpec, digest
 from ..log import warn_once
@@ -127,6 +127,9 @@ class Unit:
         """Take the graph of the first backend that can compile this unit."""
         for backend in run.backends:
             key = self._key(backend, call, run)
+            old = self._frozen_keys.get(signature, key)
+            if old.frozen != key.frozen:
+                run.weights_changed()
             try:
                 graph = run.engine.graph(
                     key,
@@ -176,7 +179,6 @@ class Unit:
         if old is not None and old.frozen != key.frozen:
             run.engine.cache.discard(old)
             run.engine.counters.add("frozen_rebuilds")
-            run.weights_changed()
         if key.frozen is not None:
             self._frozen_keys[signature] = key
 
@@ -252,6 +254,8 @@ class OptimizedBlock:
         if reason is None:
             try:
                 return self._run(h, emb, context, options, output_shape, run)
+            except WeightsFrozen:
+                raise
             except CompileFailed as error:
                 if run.config.strict:
                     raise

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -17,7 +17,9 @@ from ..config import ON_FAILURE, check_choice
 from ..errors import LoraError
 from ..log import logger
 from .adapters import FusedDelta, Part, parts_of, scaled
-from .lora_file import Lora, LoraFile, LoraLibrary, Targets
+from .lora_file import LoraFile
+from .lora_library import LoraLibrary
+from .lora_parts import Lora, Targets
 from .patcher import FUSED, switch_in_place
 from .progress import say
 
@@ -86,15 +88,15 @@ class Fused:
 
 @dataclass
 class _Component:
-    """The model or the text encoder, which get the same files at strengths of their own."""
+    """A MODEL or a CLIP; they get the same files, at strengths of their own."""
 
-    patcher: ModelPatcher
+    whole: Any
     targets: Targets
     strength: Callable[[Row], float]
 
     @property
     def fused(self) -> Fused:
-        return self.patcher.attachments.get(FUSED) or Fused()
+        return _patcher(self.whole).attachments.get(FUSED) or Fused()
 
 
 def fuse_loras(
@@ -123,22 +125,20 @@ def fuse_loras(
     components = [_Component(model, library.unet_targets(model.model), _of_model)]
     if clip is not None:
         targets = library.clip_targets(clip.cond_stage_model)
-        components.append(_Component(clip.patcher, targets, _of_clip))
+        components.append(_Component(clip, targets, _of_clip))
     wanted = [_not_there_yet(component, stack) + list(rows) for component in components]
     files = _read(library, components, wanted, node_id)
     reports = {row: _report(row, files[row], components) for row in files}
     _complain(reports, strict=on_failure == "error")
-    results = []
-    for number, (component, chosen) in enumerate(zip(components, wanted, strict=True)):
-        active = [row for row in chosen if component.strength(row)]
-        if active:
-            loras = [files[row][1][number] for row in active]
-            names = [files[row][0] for row in active]
-            whole = component.patcher if number == 0 else clip
-            results.append(_patched(whole, component, active, names, loras, reports, start))
-        else:
-            results.append(component.patcher if number == 0 else clip)
-    return results[0], results[1] if clip is not None else None
+    fused = [
+        _patched(component, chosen, {row: (files[row][0], files[row][1][n]) for row in chosen})
+        for n, (component, chosen) in enumerate(zip(components, wanted, strict=True))
+    ]
+    milliseconds = (time.perf_counter() - start) * 1e3
+    for component, (whole, chosen) in zip(components, zip(fused, wanted, strict=True), strict=True):
+        if whole is not component.whole:
+            _leave_report(whole, component, chosen, reports, milliseconds)
+    return fused[0], fused[1] if clip is not None else None
 
 
 def _of_model(row: Row) -> float:
@@ -150,8 +150,10 @@ def _of_clip(row: Row) -> float:
 
 
 def _not_there_yet(component: _Component, stack: Sequence[Row]) -> list[Row]:
-    """`stack`, unless it came with the clone from the same node before."""
-    return [] if stack and component.fused.stack == tuple(stack) else list(stack)
+    """`stack`, unless it came with the clone from the node before."""
+    there = [row for row in component.fused.stack if component.strength(row)]
+    asked = [row for row in stack if component.strength(row)]
+    return [] if asked and there == asked else list(stack)
 
 
 _Files = dict[Row, tuple[LoraFile, list[Lora]]]
@@ -211,8 +213,8 @@ def _complain(reports: dict[Row, dict[str, Any]], *, strict: bool) -> None:
     """
     for report in reports.values():
         name, skipped = report["name"], report["skipped"]
-        if not report["keys"] and not skipped:
-            seen = _some(report["unmatched"]) or "no tensors at all"
+        if not report["keys"]:
+            seen = _some([*skipped, *report["unmatched"]]) or "no tensors at all"
             what = " or ".join(report["for"])
             raise LoraError(
                 f"Nothing in the LoRA {name!r} fits this {what}. It holds {seen}; expected were "
@@ -237,41 +239,47 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _patched(
-    whole: Any,
-    component: _Component,
-    rows: Sequence[Row],
-    files: Sequence[LoraFile],
-    loras: Sequence[Lora],
-    reports: dict[Row, dict[str, Any]],
-    start: float,
+    component: _Component, rows: Sequence[Row], found: dict[Row, tuple[LoraFile, Lora]]
 ) -> Any:
-    """A clone of `whole`, a ModelPatcher or a CLIP, with `loras` on it."""
-    clone = whole.clone()
-    patcher = clone.patcher if hasattr(clone, "patcher") else clone
-    strengths = [component.strength(row) for row in rows]
-    before, fused = patcher.patches_uuid, component.fused
-    _add(patcher, component.targets, loras, strengths)
+    """A clone with the LoRAs of `rows` on it; the same object if they change nothing."""
+    active = [(*found[row], component.strength(row)) for row in rows if component.strength(row)]
+    if not active:
+        return component.whole
+    clone = component.whole.clone()
+    patcher = _patcher(clone)
+    before = patcher.patches_uuid
+    _add(patcher, [lora for _, lora, _ in active], [strength for *_, strength in active])
     # The same LoRAs on the same model are the same weights, whichever node fused them.
-    content = repr([*zip(files, strengths, strict=True), component.targets.digest])
-    patcher.patches_uuid = uuid.uuid5(before, content)
+    content = [(file, strength) for file, _, strength in active]
+    patcher.patches_uuid = uuid.uuid5(before, repr((content, component.targets.digest)))
     switch_in_place(patcher)
-    patcher.set_attachments(
-        FUSED,
-        replace(
-            fused,
-            stack=(*fused.stack, *rows),
-            rows=[*fused.rows, *(reports[row] for row in rows)],
-            weights=len(patcher.patches),
-            fuse_ms=fused.fuse_ms + (time.perf_counter() - start) * 1e3,
-            switch_ms=None,
-        ),
-    )
     return clone
 
 
-def _add(
-    patcher: ModelPatcher, targets: Targets, loras: Sequence[Lora], strengths: Sequence[float]
+def _leave_report(
+    clone: Any,
+    component: _Component,
+    rows: Sequence[Row],
+    reports: dict[Row, dict[str, Any]],
+    milliseconds: float,
 ) -> None:
+    patcher, before = _patcher(clone), component.fused
+    after = Fused(
+        stack=(*before.stack, *rows),
+        rows=[*before.rows, *(reports[row] for row in rows)],
+        weights=len(patcher.patches),
+        fuse_ms=before.fuse_ms + milliseconds,
+    )
+    patcher.set_attachments(FUSED, after)
+
+
+def _patcher(whole: Any) -> ModelPatcher:
+    """The patcher of a MODEL, which it is itself, or of a CLIP."""
+    patcher: ModelPatcher = getattr(whole, "patcher", whole)
+    return patcher
+
+
+def _add(patcher: ModelPatcher, loras: Sequence[Lora], strengths: Sequence[float]) -> None:
     """Register the patches, in order: sums that follow each other are one, also with one that a
     Blade node before has left."""
     sums: dict[str, list[Part]] = {}

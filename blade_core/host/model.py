@@ -20,7 +20,7 @@ from ..log import logger
 from ..recorder import CudaRecorder
 from .dynamic import non_dynamic_clone
 from .fuse import Row, fuse_loras
-from .lora_file import LoraLibrary
+from .lora_library import LoraLibrary
 from .patcher import FUSED, as_stock, switch_in_place
 from .progress import CompileProgress, say
 from .unet import OptimizedUNet

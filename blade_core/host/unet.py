@@ -22,10 +22,11 @@ from ..backends import Backend
 from ..capture import CaptureBudget, CapturePool, Replayer, Work
 from ..config import OptimizeConfig
 from ..engine import Engine
-from ..errors import BackendUnavailable, UnknownStructure
+from ..errors import BackendUnavailable, UnknownStructure, WeightsFrozen
 from ..key import GraphKey, environment
 from ..log import logger, warn_once
 from ..structure import describe_classes
+from .attention import attention_names
 from .block import OptimizedBlock, RunContext
 from .patches import UNPATCHED, Patched, read_patches
 from .progress import CompileProgress
@@ -41,6 +42,12 @@ from .step import (
 from .weights import ChannelsLast, Watch, parameter_slots, when_freed
 
 _CONTAINERS = (("input_blocks", "input"), ("middle_block", "middle"), ("output_blocks", "output"))
+
+
+_REBUILD = (
+    "freeze_weights is on and the weights changed (LoRA, checkpoint or strength): Blade compiles "
+    "again. Turn freeze_weights off to switch without compiling."
+)
 
 
 class Holder(nn.Module):
@@ -76,6 +83,7 @@ class OptimizedUNet:
         self._outside: str | None = None
         self._replays = 0
         self._bound = 0
+        self._rebuilds = False
         self._classes: dict[type[nn.Module], tuple[Any, ...]] = {}
         self._progress = CompileProgress(None)
         self._holders = self._hold(unet)
@@ -231,6 +239,7 @@ class OptimizedUNet:
         if [block.block for block in self.blocks] != _blocks(unet):  # a block was replaced
             self._holders = self._hold(unet)
         self._bound = 0
+        self._rebuilds = False
         self._progress = progress
         self.compilers = tuple(backend.name for backend in backends)
         memory_format = _memory_format(x, backends[0])
@@ -238,13 +247,13 @@ class OptimizedUNet:
             engine=self._engine,
             config=self.config,
             backends=backends,
-            environment=environment(x.device, (*_host_environment(), str(memory_format))),
+            environment=environment(x.device, (*attention_names(), str(memory_format))),
             memory_format=memory_format,
             freeze=freeze,
             checkpoint=comfy.model_management.throw_exception_if_processing_interrupted,
             announce=self._announce,
             bound=self._count_bound,
-            weights_changed=_say_rebuild,
+            weights_changed=self._weights_changed,
             projections=self._projections,
         )
         classes = describe_classes(unet)
@@ -313,6 +322,17 @@ class OptimizedUNet:
         total = sum(len(block.units) for block in self.blocks)
         self._progress.compiling(key, self._bound, total)
 
+    def _weights_changed(self) -> None:
+        if self.config.frozen_change == "refuse":
+            raise WeightsFrozen(
+                "freeze_weights is on and the weights changed (LoRA, checkpoint or strength); "
+                "frozen_change is refuse, so that nothing is compiled again. Take the change back, "
+                "set frozen_change to rebuild, or turn freeze_weights off."
+            )
+        if not self._rebuilds:  # once a run, however many graphs it concerns
+            logger.warning(_REBUILD)
+        self._rebuilds = True
+
     def _count_bound(self) -> None:
         self._bound += 1
 
@@ -355,38 +375,3 @@ def _memory_format(x: torch.Tensor, backend: Backend) -> torch.memory_format:
     if backend.channels_last and (x.device.type == "cpu" or (x.device.type == "cuda" and half)):
         return torch.channels_last
     return torch.contiguous_format
-
-
-def _host_environment() -> tuple[str, ...]:
-    """The host's part of every key: the attention function, chosen at start or by another pack."""
-    attention = comfy.ldm.modules.attention
-    names = ("optimized_attention", "optimized_attention_masked")
-    functions = [getattr(attention, name) for name in names]
-    return tuple(_function_name(f) for f in functions)
-
-
-_AT_IMPORT = frozenset(
-    id(getattr(comfy.ldm.modules.attention, name))
-    for name in ("optimized_attention", "optimized_attention_masked")
-)
-_others: list[Any] = []
-"""Attention functions that other packs have set since then; kept, so that ids stay theirs."""
-
-
-def _function_name(function: Any) -> str:
-    """Functions of others may be closures, which only their identity tells apart."""
-    name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
-    if id(function) in _AT_IMPORT:
-        return name
-    known = next((i for i, other in enumerate(_others) if other is function), None)
-    if known is None:
-        known = len(_others)
-        _others.append(function)
-    return f"{name}#{known}"
-
-
-def _say_rebuild() -> None:
-    logger.warning(
-        "freeze_weights is on and the weights changed (LoRA, checkpoint or strength): Blade "
-        "compiles again. Turn freeze_weights off to switch without compiling."
-    )

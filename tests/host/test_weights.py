@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from blade.blade_core.config import OptimizeConfig
+from blade.blade_core.errors import WeightsFrozen
 from blade.blade_core.graph import skeleton
 from blade.blade_core.host.model import Session, optimize_model
 from blade.blade_core.host.weights import HOST_STATE, ChannelsLast, UnitWeights, checksum
@@ -91,6 +92,19 @@ def test_frozen_weights_rebuild_loudly(
     assert session.engine.counters["frozen_rebuilds"] == 1  # one unit holds the changed weight
     assert len(session.engine.cache) == graphs  # and its old graph is gone
     assert caplog.text.count("freeze_weights is on and the weights changed") == 1
+
+
+def test_frozen_weights_can_refuse_a_change(session: Session, sd15: Any) -> None:
+    config = OptimizeConfig("eager", freeze_weights=True, frozen_change="refuse")
+    frozen = optimize_model(sd15, config)
+    expected = sample(frozen)
+    graphs = len(session.engine.cache)
+    for _ in range(2):
+        with pytest.raises(WeightsFrozen, match="frozen_change is refuse"):
+            sample(_patched(frozen, KEY, 0.02))
+    with session.engine.counters.expect(graphs_compiled=0, frozen_rebuilds=0):
+        assert torch.equal(sample(frozen), expected)
+    assert len(session.engine.cache) == graphs
 
 
 def test_frozen_weights_do_not_hide_conditioning_hooks(session: Session, sd15: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 from blade.blade_core.backends import BACKENDS as IMPLEMENTED
 from blade.blade_core.config import (
     BACKENDS,
+    FROZEN_CHANGE,
     ON_FAILURE,
     OptimizeConfig,
     capture_bytes,
@@ -21,15 +22,16 @@ from blade.blade_core.errors import InvalidChoice
 
 def test_defaults() -> None:
     config = OptimizeConfig()
-    assert dataclasses.astuple(config) == ("auto", False, "fallback", True)
+    assert dataclasses.astuple(config) == ("auto", False, "fallback", "rebuild", True)
     assert not config.strict
     assert OptimizeConfig(on_failure="error").strict
 
 
 def test_every_choice_is_valid() -> None:
     flags = (True, False)
-    choices = list(itertools.product(BACKENDS, flags, ON_FAILURE, flags))
-    assert len({OptimizeConfig(*c) for c in choices}) == len(choices)  # as keys, all different
+    choices = itertools.product(BACKENDS, flags, ON_FAILURE, FROZEN_CHANGE, flags)
+    configs = [OptimizeConfig(*choice) for choice in choices]
+    assert len(set(configs)) == len(configs)  # as keys, all different
 
 
 def test_every_backend_can_be_chosen() -> None:
