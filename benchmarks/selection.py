@@ -34,15 +34,17 @@ class Selection:
 
 
 def select(rows: Sequence[Row], scenarios: Sequence[str], systems: Sequence[str]) -> Selection:
-    """The run that measured most of these scenarios and systems; the newest among equals."""
+    """The run that measured most of these scenarios, and of those runs most systems; the newest
+    among equals."""
     runs: dict[str, list[Row]] = {}
     for row in rows:  # oldest first
         if row["scenario"] in scenarios and not row.get("dry_run"):
             runs.setdefault(row["run"], []).append(row)
-    best, most = Selection(), 0
+    best, most = Selection(), (1, 1)
     for found in runs.values():
         pairs = {(r["scenario"], r["system"]) for r in found if r["error"] is None}
-        count = sum(system in systems for _, system in pairs)
-        if count >= max(most, 1):
+        pairs = {pair for pair in pairs if pair[1] in systems}
+        count = len({scenario for scenario, _ in pairs}), len(pairs)
+        if count >= most:
             best, most = Selection(tuple(found)), count
     return best

@@ -14,6 +14,8 @@ import comfy.weight_adapter
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 
+from ..log import logger
+
 LOW_RANK = "lora"
 DIFF = "diff"
 
@@ -158,7 +160,10 @@ class FusedDelta(WeightAdapterBase):
     ) -> torch.Tensor:
         """Add the sum to `weight` in place and return it: the host's contract."""
         total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        add_parts(total, self.weights)
+        parts = [part for part in self.weights if fits(part, weight.shape)]
+        if len(parts) < len(self.weights):  # another patch has made the weight larger
+            logger.error("LoRAs do not fit %s of shape %s any more.", key, tuple(weight.shape))
+        add_parts(total, parts)
         if strength != 1.0:
             total *= strength
         weight.copy_(weight.float() + function(total))

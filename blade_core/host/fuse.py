@@ -113,7 +113,7 @@ def fuse_loras(
 
     What is a mere sum becomes one patch for each weight, joined with that of a node before; a
     stack that the incoming clone has already is not applied again. Everything else stays the
-    host's own patch, in its place. Both come back as they are if there is nothing to do.
+    host's own patch, in its place.
 
     Raises:
         LoraError: a file is missing, unreadable or for other models; or, if `on_failure` is
@@ -122,9 +122,9 @@ def fuse_loras(
     """
     check_choice("on_failure", on_failure, ON_FAILURE)
     start = time.perf_counter()
-    components = [_Component(model, library.unet_targets(model.model), _of_model)]
+    components = [_Component(model, library.unet_targets(model), _of_model)]
     if clip is not None:
-        targets = library.clip_targets(clip.cond_stage_model)
+        targets = library.clip_targets(clip.patcher)
         components.append(_Component(clip, targets, _of_clip))
     wanted = [_not_there_yet(component, stack) + list(rows) for component in components]
     files = _read(library, components, wanted, node_id)
@@ -135,9 +135,9 @@ def fuse_loras(
         for n, (component, chosen) in enumerate(zip(components, wanted, strict=True))
     ]
     milliseconds = (time.perf_counter() - start) * 1e3
-    for component, (whole, chosen) in zip(components, zip(fused, wanted, strict=True), strict=True):
-        if whole is not component.whole:
-            _leave_report(whole, component, chosen, reports, milliseconds)
+    for component, clone, chosen in zip(components, fused, wanted, strict=True):
+        if any(map(component.strength, chosen)):
+            _leave_report(clone, component, chosen, reports, milliseconds)
     return fused[0], fused[1] if clip is not None else None
 
 
@@ -241,18 +241,19 @@ def _some(names: Sequence[str]) -> str:
 def _patched(
     component: _Component, rows: Sequence[Row], found: dict[Row, tuple[LoraFile, Lora]]
 ) -> Any:
-    """A clone with the LoRAs of `rows` on it; the same object if they change nothing."""
+    """A clone with the LoRAs of `rows` on it. Without any it is a clone too, so that a switch to
+    none is done in place as any other."""
     active = [(*found[row], component.strength(row)) for row in rows if component.strength(row)]
-    if not active:
-        return component.whole
     clone = component.whole.clone()
     patcher = _patcher(clone)
+    switch_in_place(patcher)
+    if not active:
+        return clone
     before = patcher.patches_uuid
     _add(patcher, [lora for _, lora, _ in active], [strength for *_, strength in active])
     # The same LoRAs on the same model are the same weights, whichever node fused them.
     content = [(file, strength) for file, _, strength in active]
     patcher.patches_uuid = uuid.uuid5(before, repr((content, component.targets.digest)))
-    switch_in_place(patcher)
     return clone
 
 

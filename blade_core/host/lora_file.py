@@ -50,7 +50,7 @@ class LoraFile:
             LoraError: there is no such file, or the name leads out of those folders.
         """
         path = PurePath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in path.parts[:1]:
+        if path.is_absolute() or ".." in path.parts or ":" in name:
             raise LoraError(
                 f"The LoRA name {name!r} leads out of ComfyUI's loras folders. "
                 "Put the file into one of them and choose it there."

@@ -7,6 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from .lora_file import LoraFile
@@ -28,11 +29,11 @@ class LoraLibrary:
         with self._lock:
             return sum(lora.nbytes for lora in self._loras.values())
 
-    def unet_targets(self, model: nn.Module) -> Targets:
-        return self._remembered(model, Targets.of_unet)
+    def unet_targets(self, patcher: ModelPatcher) -> Targets:
+        return self._remembered(patcher, Targets.of_unet)
 
-    def clip_targets(self, model: nn.Module) -> Targets:
-        return self._remembered(model, Targets.of_clip)
+    def clip_targets(self, patcher: ModelPatcher) -> Targets:
+        return self._remembered(patcher, Targets.of_clip)
 
     def has(self, file: LoraFile, targets: Sequence[Targets]) -> bool:
         """Whether `get` would have to read nothing."""
@@ -63,8 +64,10 @@ class LoraLibrary:
         while total > self.budget and len(self._loras) > keep:
             total -= self._loras.popitem(last=False)[1].nbytes
 
-    def _remembered(self, model: nn.Module, make: Callable[[nn.Module], Targets]) -> Targets:
+    def _remembered(
+        self, patcher: ModelPatcher, make: Callable[[ModelPatcher], Targets]
+    ) -> Targets:
         with self._lock:
-            if model not in self._targets:
-                self._targets[model] = make(model)
-            return self._targets[model]
+            if patcher.model not in self._targets:
+                self._targets[patcher.model] = make(patcher)
+            return self._targets[patcher.model]

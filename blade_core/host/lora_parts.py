@@ -10,10 +10,10 @@ from typing import Any
 
 import comfy.lora
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter.base import WeightAdapterBase
-from torch import nn
 
-from ..errors import LoraError
+from ..errors import LoraError, first_line, is_cancel, is_out_of_memory
 from ..memory import pack
 from .adapters import LOW_RANK, Part, fits, part_of, tensors_of, with_tensors
 from .lora_file import Tensors
@@ -31,16 +31,18 @@ class Targets:
     digest: int
 
     @classmethod
-    def of_unet(cls, model: nn.Module) -> Targets:
-        return cls._of(comfy.lora.model_lora_keys_unet(model, {}), model)
+    def of_unet(cls, patcher: ModelPatcher) -> Targets:
+        return cls._of(comfy.lora.model_lora_keys_unet(patcher.model, {}), patcher)
 
     @classmethod
-    def of_clip(cls, model: nn.Module) -> Targets:
-        return cls._of(comfy.lora.model_lora_keys_clip(model, {}), model)
+    def of_clip(cls, patcher: ModelPatcher) -> Targets:
+        return cls._of(comfy.lora.model_lora_keys_clip(patcher.model, {}), patcher)
 
     @classmethod
-    def _of(cls, names: dict[str, Any], model: nn.Module) -> Targets:
-        shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    def _of(cls, names: dict[str, Any], patcher: ModelPatcher) -> Targets:
+        shapes = {key: tensor.shape for key, tensor in patcher.model.state_dict().items()}
+        # A patch that is loaded now may have made a weight larger.
+        shapes |= {key: backup.weight.shape for key, backup in patcher.backup.items()}
         digest = hash((tuple(sorted(names.items(), key=str)), tuple(sorted(shapes.items()))))
         return cls(names, shapes, digest)
 
@@ -73,21 +75,27 @@ def take_apart(name: str, tensors: Tensors, targets: Targets, *, pinned: bool) -
     """Let the host's loader match the tensors of the file `name`, and copy what is used.
 
     Raises:
-        LoraError: half of a pair of tensors is missing.
+        LoraError: the host's loader cannot make patches of it, half of a pair missing, say.
     """
     recording = _Recording(tensors)
     try:
         patches = comfy.lora.load_lora(recording, targets.names, log_missing=False)
-    except KeyError as error:
+    except Exception as error:  # of a file that is no whole LoRA, whatever it is
+        if is_cancel(error) or is_out_of_memory(error):
+            raise
         raise LoraError(
-            f"The LoRA {name!r} has no tensor {error}, which belongs to another in it. "
-            "The file is incomplete: download or convert it again."
+            f"The LoRA {name!r} is incomplete or malformed: {first_line(error)}. "
+            "Download or convert it again."
         ) from error
     lora = Lora(unmatched=set(tensors) - recording.taken)
     for key, patch in patches.items():
         weight = key if isinstance(key, str) else key[0]
-        part = part_of(patch) if isinstance(key, str) else None
-        problem = _problem(patch, part, targets.shapes.get(weight))
+        part, problem = None, None
+        try:
+            part = part_of(patch) if isinstance(key, str) else None
+            problem = _problem(patch, part, targets.shapes.get(weight))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            problem = f"it is malformed ({first_line(error)})"
         if problem is not None:
             lora.skipped[weight] = problem
         elif part is None:

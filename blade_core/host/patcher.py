@@ -136,6 +136,8 @@ class InPlacePatcher(ModelPatcher):
             layer = _layer(self.model, key)
             if layer is None or not _is_plain(layer, key.rpartition(".")[2]):
                 return None
+            if key in self.backup and self.backup[key].weight.shape != _weight(layer, key).shape:
+                return None  # a patch has made it larger
             slots[key] = layer
         return slots
 

@@ -14,6 +14,7 @@ from blade_tests.host.lora_files import (
     LINEAR,
     NAMINGS,
     OTHERS,
+    SMALL,
     VECTORS,
     LoraFile,
     Row,
@@ -29,7 +30,7 @@ from blade_tests.host.lora_files import (
     state,
     stock,
 )
-from blade_tests.host.tiny import SD15, make_model, relative_rms, sample
+from blade_tests.host.tiny import make_model, relative_rms, sample
 
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.host.model import Session, optimize_model, stats, without_blade
@@ -74,8 +75,8 @@ ROWS: dict[int, list[Row]] = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, LoraFile]]:
-    """Files for SD1.5 and its text encoder: all kinds that only add, ranks 4 to 128."""
-    both = (make_model(SD15), make_clip())
+    """Files for a model and its text encoder: all kinds that only add, ranks 4 to 128."""
+    both = (make_model(SMALL), make_clip())
     half, brain = torch.float16, torch.bfloat16
     files = {
         "lora": make(*both, ranks=(4, 16, 128), dtype=half, seed=1),
@@ -104,13 +105,18 @@ def loras(
     comfy.model_management.unload_all_models()
 
 
+@pytest.fixture
+def small() -> Any:
+    return make_model(SMALL)
+
+
 def strengths(rows: list[Row], part: int) -> list[tuple[str, float]]:
     """Names and strengths of the rows in use, for the model (1) or for the text encoder (2)."""
     return [(row[0], row[part]) for row in rows if row[0] != "None" and all(row[3:]) and row[part]]
 
 
-def test_the_files_differ(loras: dict[str, LoraFile], sd15: Any) -> None:
-    bases = state(sd15) | state(make_clip())
+def test_the_files_differ(loras: dict[str, LoraFile], small: Any) -> None:
+    bases = state(small) | state(make_clip())
     changes = {name: additions(file) for name, file in loras.items()}
     for change in changes.values():
         assert all(change[k].norm() > 0.03 * bases[k].norm() for k in change)
@@ -120,12 +126,12 @@ def test_the_files_differ(loras: dict[str, LoraFile], sd15: Any) -> None:
 
 
 @pytest.mark.parametrize("count", ROWS)
-def test_weights(loras: dict[str, LoraFile], sd15: Any, count: int) -> None:
+def test_weights(loras: dict[str, LoraFile], small: Any, count: int) -> None:
     """Of model and text encoder: what fp64 says, and no further from it than stock's."""
     clip, rows = make_clip(), ROWS[count]
-    bases = state(sd15), state(clip)
-    ours = [loaded(model) for model in fuse(sd15, rows, clip)[:2]]
-    theirs = [loaded(model) for model in stock(sd15, [r for r in rows if r[0] != "None"], clip)]
+    bases = state(small), state(clip)
+    ours = [loaded(model) for model in fuse(small, rows, clip)[:2]]
+    theirs = [loaded(model) for model in stock(small, [r for r in rows if r[0] != "None"], clip)]
     for part in (1, 2):
         base, actual, other = bases[part - 1], ours[part - 1], theirs[part - 1]
         used = strengths(rows, part)
@@ -138,15 +144,12 @@ def test_weights(loras: dict[str, LoraFile], sd15: Any, count: int) -> None:
 
 def test_half_precision_weights(loras: dict[str, LoraFile]) -> None:
     """The exact sum rounded once, up to a sum in fp32 that falls on the other side."""
-    rows = ROWS[5]
-    for part, model in enumerate((make_model(SD15, dtype=torch.float16), None), start=1):
-        clip = make_clip(dtype=torch.float16)
-        whole = model if part == 1 else clip
-        base = state(whole)
-        used = [(loras[name], strength) for name, strength in strengths(rows, part)]
+    model, clip = make_model(SMALL, dtype=torch.float16), make_clip(dtype=torch.float16)
+    bases = state(model), state(clip)
+    for part, result in enumerate(fuse(model, ROWS[5], clip)[:2], start=1):
+        base, actual = bases[part - 1], loaded(result)
+        used = [(loras[name], strength) for name, strength in strengths(ROWS[5], part)]
         reference = expected(base, used)
-        results = fuse(model or make_model(SD15), rows, clip)
-        actual = loaded(results[part - 1])
         keys = changed(actual, base)
         assert keys and all(actual[key].dtype == torch.float16 for key in keys)
         equal = total = 0
@@ -175,13 +178,13 @@ def test_sdxl_with_two_text_encoders(loras: dict[str, LoraFile], tmp_path: Path,
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_every_naming(loras: dict[str, LoraFile], tmp_path: Path, sd15: Any, naming: str) -> None:
+def test_every_naming(loras: dict[str, LoraFile], tmp_path: Path, small: Any, naming: str) -> None:
     clip = make_clip()
-    models = (sd15,) if naming == "lycoris" else (sd15, clip)
+    models = (small,) if naming == "lycoris" else (small, clip)
     file = make(*models, naming=naming, seed=31)
     rows = [(file.save(tmp_path, "named"), 0.7, -0.6)]
     bases = [state(model) for model in models]
-    for base, model, strength in zip(bases, fuse(sd15, rows, clip), (0.7, -0.6), strict=False):
+    for base, model, strength in zip(bases, fuse(small, rows, clip), (0.7, -0.6), strict=False):
         actual = loaded(model)
         assert changed(actual, base)
         assert_near(actual, expected(base, [(file, strength)]), WEIGHTS)
@@ -189,15 +192,15 @@ def test_every_naming(loras: dict[str, LoraFile], tmp_path: Path, sd15: Any, nam
 
 @pytest.mark.parametrize("kind", LINEAR)
 def test_every_kind_that_adds(
-    loras: dict[str, LoraFile], tmp_path: Path, sd15: Any, kind: str
+    loras: dict[str, LoraFile], tmp_path: Path, small: Any, kind: str
 ) -> None:
-    file = make(sd15, kinds=(kind,), ranks=(4, 12), seed=41)
+    file = make(small, kinds=(kind,), ranks=(4, 12), seed=41)
     rows = [(file.save(tmp_path, "kind"), 0.7, 0.0)]
-    base = state(sd15)
+    base = state(small)
     reference = expected(base, [(file, 0.7)])
-    fused = fuse(sd15, rows)[0]
+    fused = fuse(small, rows)[0]
     assert set(map(len, fused.patches.values())) == {1}
-    ours, theirs = loaded(fused), loaded(stock(sd15, rows)[0])
+    ours, theirs = loaded(fused), loaded(stock(small, rows)[0])
     keys = changed(ours, base)
     assert keys and distance(ours, reference, keys) <= distance(theirs, reference, keys) * 1.05
     if kind != "lokr tucker":  # torch 2.13's kron() refuses what stock gives it there
@@ -206,34 +209,34 @@ def test_every_kind_that_adds(
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_kinds_keep_their_place(
-    loras: dict[str, LoraFile], tmp_path: Path, sd15: Any, kind: str
+    loras: dict[str, LoraFile], tmp_path: Path, small: Any, kind: str
 ) -> None:
     """What is no mere sum stays stock's own patch, between the sums before and after it."""
     clip = make_clip()
-    other = (make(sd15, clip, kinds=(kind,), seed=51).save(tmp_path, "other"), 0.7, 0.6)
+    other = (make(small, clip, kinds=(kind,), seed=51).save(tmp_path, "other"), 0.7, 0.6)
     one, two = row("lora", 0.8, 0.7), row("kron", -0.6, 0.9)
     weights = []
     for rows, patches in (([one, other, two], 3), ([other, one, two], 2), ([one, two, other], 2)):
-        by_stock = [loaded(model) for model in stock(sd15, rows, clip)]
+        by_stock = [loaded(model) for model in stock(small, rows, clip)]
         weights.append(by_stock[0])
-        model, text, _ = fuse(sd15, rows, clip)
+        model, text, _ = fuse(small, rows, clip)
         for ours, theirs in zip((model, text), by_stock, strict=True):
             assert_near(loaded(ours), theirs, 1e-5)
         assert max(map(len, model.patches.values())) == patches
-    chained = fuse(stock(fuse(sd15, [one])[0], [other])[0], [two])[0]
+    chained = fuse(stock(fuse(small, [one])[0], [other])[0], [two])[0]
     assert_near(loaded(chained), weights[0], 1e-5)
     if kind != "reshape":
         for these, those in itertools.combinations(weights, 2):
             assert distance(these, those, changed(these, those)) > 1e-3
 
 
-def test_all_kinds_in_turn(loras: dict[str, LoraFile], tmp_path: Path, sd15: Any) -> None:
+def test_all_kinds_in_turn(loras: dict[str, LoraFile], tmp_path: Path, small: Any) -> None:
     rows: list[Row] = []
     for number, kind in enumerate(("set", "dora", "oft", "glora")):
-        file = make(sd15, kinds=(kind,), seed=60 + number)
+        file = make(small, kinds=(kind,), seed=60 + number)
         rows.append((file.save(tmp_path, kind), 0.4 + 0.1 * number, 0.0))
         rows.append((list(loras)[number], 0.3 - 0.2 * number, 0.0))
-    ours, theirs = loaded(fuse(sd15, rows)[0]), loaded(stock(sd15, rows)[0])
+    ours, theirs = loaded(fuse(small, rows)[0]), loaded(stock(small, rows)[0])
     assert_near(ours, theirs, 1e-5)
 
 
@@ -242,7 +245,8 @@ C, D = row("peft", 0.0, 0.7), row("few", 1.2, -0.4)
 
 
 def by_model(model: Any, clip: Any) -> Any:
-    return fuse(*fuse(model, [A, B], clip)[:1], [C, D], fuse(model, [A, B], clip)[1])
+    first, text, _ = fuse(model, [A, B], clip)
+    return fuse(first, [C, D], text)
 
 
 def by_stack(model: Any, clip: Any) -> Any:
@@ -330,43 +334,43 @@ CHAINS: list[Callable[[Any, Any], Any]] = [
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_chains(loras: dict[str, LoraFile], sd15: Any, chain: Callable[[Any, Any], Any]) -> None:
+def test_chains(loras: dict[str, LoraFile], small: Any, chain: Callable[[Any, Any], Any]) -> None:
     clip = make_clip()
-    bases = state(sd15), state(clip)
-    models = chain(sd15, clip)
+    bases = state(small), state(clip)
+    models = chain(small, clip)
     for part, model in enumerate(models[:2], start=1):
         used = [(loras[name], strength) for name, strength in strengths([A, B, C, D], part)]
         assert_near(loaded(model), expected(bases[part - 1], used), WEIGHTS)
     if "stock" not in chain.__name__:
         for patches in (models[0].patches, models[1].patcher.patches):
             assert set(map(len, patches.values())) == {1}
-    assert not sd15.patches and not clip.patcher.patches
+    assert not small.patches and not clip.patcher.patches
 
 
-def test_stacks(loras: dict[str, LoraFile], sd15: Any) -> None:
+def test_stacks(loras: dict[str, LoraFile], small: Any) -> None:
     """What comes in, then what is in use of the node's own; the incoming list stays as it is."""
     stack: list[Any] = [A]
     for _ in range(2):
-        assert fuse(sd15, [B, (*C, False), ("None", 1.0, 1.0)], stack=stack)[2] == [A, B]
+        assert fuse(small, [B, (*C, False), ("None", 1.0, 1.0)], stack=stack)[2] == [A, B]
     assert stack == [A]
-    assert fuse(fuse(sd15, [A])[0], [B], stack=[A])[2] == [A, B]
+    assert fuse(fuse(small, [A])[0], [B], stack=[A])[2] == [A, B]
 
 
-def test_nothing_chosen(loras: dict[str, LoraFile], sd15: Any) -> None:
-    clip, base = make_clip(), state(sd15)
-    model, text, stack = fuse(sd15, [("None", 1.0, 1.0), row("lora", 1.0, 1.0, False)], clip)
+def test_nothing_chosen(loras: dict[str, LoraFile], small: Any) -> None:
+    clip, base = make_clip(), state(small)
+    model, text, stack = fuse(small, [("None", 1.0, 1.0), row("lora", 1.0, 1.0, False)], clip)
     assert stack == [] and not model.patches and not text.patcher.patches
     assert not changed(loaded(model), base)
-    assert fuse(sd15, [A])[1] is None
+    assert fuse(small, [A])[1] is None
 
 
-def test_merged_models(loras: dict[str, LoraFile], sd15: Any) -> None:
+def test_merged_models(loras: dict[str, LoraFile], small: Any) -> None:
     """A merge scales what came before it, and nothing that comes after."""
     merge = importlib.import_module("comfy_extras.nodes_model_merging").ModelMergeSimple().merge
-    other = make_model(SD15, seed=5)
-    (theirs,) = merge(stock(sd15, [A])[0], stock(other, [B])[0], 0.3)
+    other = make_model(SMALL, seed=5)
+    (theirs,) = merge(stock(small, [A])[0], stock(other, [B])[0], 0.3)
     theirs = stock(theirs, [D])[0]
-    (ours,) = merge(fuse(sd15, [A])[0], fuse(other, [B])[0], 0.3)
+    (ours,) = merge(fuse(small, [A])[0], fuse(other, [B])[0], 0.3)
     ours = fuse(ours, [D])[0]
     assert_near(loaded(ours), loaded(theirs), WEIGHTS)
 
@@ -384,17 +388,17 @@ PLACES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def test_images(session: Session, loras: dict[str, LoraFile], sd15: Any) -> None:
-    bare, theirs = sample(sd15), sample(stock(sd15, [A, B, D])[0])
+def test_images(session: Session, loras: dict[str, LoraFile], small: Any) -> None:
+    bare, theirs = sample(small), sample(stock(small, [A, B, D])[0])
     assert relative_rms(theirs, bare) > 1e-2
     for place, build in PLACES.items():
-        assert relative_rms(sample(build(sd15)), theirs) <= IMAGES, place
-    optimized = optimize_model(sd15, EAGER)
+        assert relative_rms(sample(build(small)), theirs) <= IMAGES, place
+    optimized = optimize_model(small, EAGER)
     assert relative_rms(sample(optimized), bare) <= IMAGES
 
 
 def test_prompts(loras: dict[str, LoraFile]) -> None:
-    clip, model = make_clip(), make_model(SD15)
+    clip, model = make_clip(), make_model(SMALL)
 
     def encode(text: Any) -> torch.Tensor:
         with torch.inference_mode():
@@ -409,11 +413,11 @@ def test_prompts(loras: dict[str, LoraFile]) -> None:
 
 
 @pytest.mark.parametrize("session", ["launched"], indirect=True)
-def test_report(session: Session, loras: dict[str, LoraFile], tmp_path: Path, sd15: Any) -> None:
-    file = make(sd15, kinds=("lora", "loha", "dora"), ranks=(4, 16), only="attn", seed=71)
+def test_report(session: Session, loras: dict[str, LoraFile], tmp_path: Path, small: Any) -> None:
+    file = make(small, kinds=("lora", "loha", "dora"), ranks=(4, 16), only="attn", seed=71)
     file.tensors["lora_unet_nowhere.lora_up.weight"] = torch.ones(2, 2)
     reported = (file.save(tmp_path, "reported"), 0.5, 0.25)
-    model = fuse(fuse(optimize_model(sd15, EAGER), [reported])[0], [B])[0]
+    model = fuse(fuse(optimize_model(small, EAGER), [reported])[0], [B])[0]
     loras_of = stats(model)["loras"]
     assert loras_of["weights"] == len(model.patches) and loras_of["switch_ms"] is None
     first, second = loras_of["rows"]

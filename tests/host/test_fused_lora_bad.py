@@ -354,6 +354,40 @@ def test_a_half_of_a_pair(inputs: Inputs, folder: Path, on_failure: str) -> None
     assert "half.safetensors" in refused(inputs, file.save(folder, "half"), on_failure)
 
 
+LAYER = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+UP_DOWN = {".lora_up.weight": torch.ones(32, 4), ".lora_down.weight": torch.ones(4, 32)}
+RANK_0 = {".lora_up.weight": torch.ones(32, 0), ".lora_down.weight": torch.ones(0, 32)}
+MALFORMED: dict[str, dict[str, torch.Tensor]] = {
+    "two alphas": UP_DOWN | {".alpha": torch.ones(2)},
+    "an empty alpha": UP_DOWN | {".alpha": torch.ones(0)},
+    "rank 0": RANK_0,
+    "rank 0 and alpha": RANK_0 | {".alpha": torch.tensor(4.0)},
+    "half a LoKr": {".lokr_w1": torch.ones(4, 2)},
+    "a quarter of a LoKr": {".lokr_w1_a": torch.ones(4, 4), ".lokr_w2": torch.ones(8, 16)},
+    "factors without dimensions": {name: torch.tensor(1.0) for name in UP_DOWN},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_malformed_layer(inputs: Inputs, folder: Path, what: str, on_failure: str) -> None:
+    """Whatever it does to the file, there is no other error than that which names the file."""
+    file = make(inputs.model, only="attn2.to_", seed=9)
+    file.tensors.update({LAYER + suffix: tensor for suffix, tensor in MALFORMED[what].items()})
+    name = file.save(folder, "malformed")
+    before = loaded(inputs.model)
+    try:
+        model = fuse(inputs.model, [(name, 0.7, 0.0)], on_failure=on_failure)[0]
+    except LoraError as error:
+        assert name in str(error)
+        inputs.assert_unchanged()
+    else:
+        after = loaded(model)
+        assert all(weight.isfinite().all() for weight in after.values())
+        sound = {key for key, _ in file.targets.values()}
+        assert sound <= changed(after, before)
+
+
 @pytest.mark.parametrize("stack", [[1], "sound.safetensors", [("a", 1.0)], [("a", "x", 1.0)], 5])
 def test_a_stack_that_is_none(inputs: Inputs, stack: Any) -> None:
     with pytest.raises(LoraError, match="lora_stack"):
