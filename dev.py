@@ -15,7 +15,7 @@ from devtools.base_directory import link_folder
 from devtools.environment import Environment, prepare
 
 PACK = ("__init__.py", "nodes", "blade_core")
-TOOLS = ("benchmarks", "devtools", "dev.py", "tests")
+TOOLS = ("benchmarks", "devtools", "dev.py", "example_workflows", "tests")
 
 
 def main() -> int:

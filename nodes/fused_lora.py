@@ -69,7 +69,9 @@ class BladeFusedLoRA:
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> str:
-        return repr(lora_versions([row.name for row in _rows(inputs)]))
+        # Only what is written in the node is known here; what is wired comes as None.
+        names = [inputs.get(f"lora_{number}") for number in range(1, ROWS + 1)]
+        return repr(lora_versions([name for name in names if isinstance(name, str)]))
 
     def fuse(
         self,

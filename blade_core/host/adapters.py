@@ -7,7 +7,7 @@ Source of the kinds' meaning: comfy/weight_adapter and comfy/lora.py (calculate_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.weight_adapter
@@ -179,15 +179,15 @@ def parts_of(patches: Sequence[tuple[Any, ...]]) -> list[Part] | None:
     for strength, patch, strength_model, offset, function in patches:
         if strength_model != 1.0 or offset is not None or function is not None:
             return None
-        for part in _parts(patch):
-            if part is None:
-                return None
-            found.append(scaled(part, strength))
+        parts = _parts(patch)
+        if parts is None:
+            return None
+        found += parts if strength == 1.0 else [scaled(part, strength) for part in parts]
     return found
 
 
-def _parts(patch: Any) -> Iterator[Part | None]:
+def _parts(patch: Any) -> Sequence[Part] | None:
     if type(patch) is FusedDelta:
-        yield from patch.weights
-    else:
-        yield part_of(patch)
+        return patch.weights
+    part = part_of(patch)
+    return None if part is None else [part]

@@ -28,7 +28,7 @@ def lora_versions(names: Sequence[str]) -> list[LoraFile | None]:
     for name in names:
         try:
             found.append(LoraFile.find(name))
-        except LoraError:
+        except (LoraError, OSError):
             found.append(None)
     return found
 
@@ -61,7 +61,10 @@ class LoraFile:
                 f"There is no LoRA {name!r} in ComfyUI's loras folders. "
                 "Choose another file, or switch this row off."
             )
-        status = os.stat(found)
+        try:
+            status = os.stat(found)
+        except OSError as error:
+            raise LoraError(f"The LoRA {name!r} cannot be read: {first_line(error)}") from error
         return cls(name, found, status.st_mtime_ns, status.st_size)
 
     def read(self) -> Tensors:
@@ -78,7 +81,8 @@ class LoraFile:
             if is_cancel(error) or is_out_of_memory(error):
                 raise
             raise LoraError(
-                f"The LoRA {self.name!r} cannot be read: {first_line(error)}. Expected a "
-                "safetensors file, or a checkpoint of nothing but tensors. Download it again."
+                f"The LoRA {self.name!r} cannot be read: {first_line(error).rstrip('.')}. "
+                "Expected a safetensors file, or a checkpoint of nothing but tensors. "
+                "Download it again."
             ) from error
         return tensors

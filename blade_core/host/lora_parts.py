@@ -41,6 +41,8 @@ class Targets:
     @classmethod
     def _of(cls, names: dict[str, Any], patcher: ModelPatcher) -> Targets:
         shapes = {key: tensor.shape for key, tensor in patcher.model.state_dict().items()}
+        # State dicts hold some quantized weights packed, their tensors tell the true shape.
+        shapes |= {key: weight.shape for key, weight in patcher.model.named_parameters()}
         # A patch that is loaded now may have made a weight larger.
         shapes |= {key: backup.weight.shape for key, backup in patcher.backup.items()}
         digest = hash((tuple(sorted(names.items(), key=str)), tuple(sorted(shapes.items()))))

@@ -28,14 +28,9 @@ from .rewrite import Rewrite, rewrite
 FUSED = "blade_loras"
 """The attachment that says which LoRAs a clone holds (fuse.py)."""
 
-_PATCHED_WHILE_RUNNING = frozenset(
-    {
-        "weight_function",
-        "bias_function",
-        "prev_comfy_cast_weights",
-        "comfy_force_cast_weights",
-    }
-)
+_SETTINGS = frozenset({"manual_cast_dtype"})
+"""Object patches that hold no weights and change no layer; new hosts set it for text
+encoders."""
 
 _ROUNDED = (torch.float16, torch.bfloat16, torch.float32)
 """To these the host rounds plainly, as a copy does."""
@@ -57,7 +52,11 @@ class InPlacePatcher(ModelPatcher):
     ) -> Any:
         """As the host's own, which then finds its patches applied already."""
         loaded = self.model.current_weight_patches_uuid
-        if not force_patch_weights and loaded not in (None, self.patches_uuid):
+        if self.model.model_lowvram and loaded is not None and loaded is not self.patches_uuid:
+            # Equal stacks have equal ids. But once the clone that was loaded is gone, the host
+            # takes weights off the GPU in its parent's name, and leaves them without these.
+            self.model.current_weight_patches_uuid = uuid.uuid4()
+        elif not force_patch_weights and loaded not in (None, self.patches_uuid):
             self._switch(device_to)
         return super().partially_load(device_to, extra_memory, force_patch_weights)
 
@@ -89,7 +88,7 @@ class InPlacePatcher(ModelPatcher):
     ) -> bool:
         """Write this clone's patches into the loaded weights; False if that is for the host."""
         slots = self._slots() if self._is_resident(device) else None
-        if slots is None or any(_weight(slots[key], key).device != device for key in slots):
+        if slots is None or not all(_is_on(_weight(slots[key], key), device) for key in slots):
             return False
         start = time.perf_counter()
         try:
@@ -97,7 +96,6 @@ class InPlacePatcher(ModelPatcher):
         except Exception as error:  # whatever a patch raises, the stock way may still work
             if is_cancel(error):
                 raise
-            self._restore(slots)
             logger.warning(
                 "Weights could not be changed in place (%s): loading the model anew.",
                 first_line(error),
@@ -109,10 +107,12 @@ class InPlacePatcher(ModelPatcher):
         return True
 
     def _is_resident(self, device: torch.device) -> bool:
-        """Whether the model is on `device` as a whole."""
+        """Whether the model is on `device` as a whole, set up as a load of this clone would."""
         model = self.model
-        whole = model.model_loaded_weight_memory > 0 and not model.model_lowvram
-        return bool(whole and model.device == device)
+        if not model.model_loaded_weight_memory or model.model_lowvram or model.device != device:
+            return False
+        forced = getattr(self, "force_cast_weights", False)
+        return all(_is_set_up(layer, forced) for layer in modules_of(model))
 
     def _slots(self) -> dict[str, nn.Module] | None:
         """The layer of each weight that is or will be patched, if a load of this clone does no
@@ -122,14 +122,10 @@ class InPlacePatcher(ModelPatcher):
             or self.hook_backup
             or self.forced_hooks is not None
             # These change what a key means, or how a layer computes, in the order of a load.
-            or self.object_patches
-            or self.object_patches_backup
-            or getattr(self, "force_cast_weights", False)
+            or not _SETTINGS.issuperset({*self.object_patches, *self.object_patches_backup})
             # Others do at each load what the stock way would bring about here.
             or self.get_all_callbacks(CallbacksMP.ON_LOAD)
         ):
-            return None
-        if any(map(_casts, modules_of(self.model))):
             return None
         slots = {}
         for key in sorted({*self.backup, *self.patches}):  # as LoRAs lie in memory
@@ -139,6 +135,8 @@ class InPlacePatcher(ModelPatcher):
             if key in self.backup and self.backup[key].weight.shape != _weight(layer, key).shape:
                 return None  # a patch has made it larger
             slots[key] = layer
+        if len({_weight(layer, key).data_ptr() for key, layer in slots.items()}) < len(slots):
+            return None  # layers that share a weight
         return slots
 
     def _write(
@@ -159,7 +157,8 @@ class InPlacePatcher(ModelPatcher):
                 rest.append(key)
             elif parts:
                 jobs.append(Rewrite(weight, base, parts))
-        self._restore(slots, (*rest, *(key for key in self.backup if key not in self.patches)))
+        summed = {id(job.base) for job in jobs}
+        self._restore(slots, [k for k, b in self.backup.items() if id(b.weight) not in summed])
         rewrite(jobs, device)
         for key in rest:
             self.patch_weight_to_device(key, device, inplace_update=True)
@@ -175,11 +174,7 @@ class InPlacePatcher(ModelPatcher):
         weights = [_weight(slots[key], key) for key in keys]
         if not weights:
             return
-        device, size = weights[0].device, sum(weight.nbytes for weight in weights)
-        there = device.type != "cpu" and size <= (
-            comfy.model_management.get_free_memory(device) // _BACKUP_SHARE
-        )
-        if there:
+        if _fit_there(weights):
             copies = [torch.empty_like(weight) for weight in weights]
             torch._foreach_copy_(copies, weights)
         else:
@@ -187,19 +182,43 @@ class InPlacePatcher(ModelPatcher):
                 self._base_of(weight, originals.get(key))
                 for key, weight in zip(keys, weights, strict=True)
             ]
-        self.backup.update(
-            (key, _Backup(copy, False)) for key, copy in zip(keys, copies, strict=True)
-        )
+        for key, copy in zip(keys, copies, strict=True):
+            # Nodes that merge models hold the parameter for what the checkpoint had: it stays
+            # that, as in stock, and the layer gets another over the same memory.
+            parameters, name = slots[key]._parameters, key.rpartition(".")[2]
+            old = parameters[name]
+            assert old is not None
+            parameters[name] = nn.Parameter(old.data, requires_grad=False)
+            old.data = copy
+            self.backup[key] = _Backup(old, False)
+
+    def _bases_off_the_gpu(self) -> None:
+        """Before the host takes weights off: whoever holds a base shall not hold the GPU's
+        memory, and what is short is not spent on bases."""
+        for backup in self.backup.values():
+            if backup.weight.device != self.offload_device:
+                backup.weight.data = backup.weight.data.to(self.offload_device)
+
+    def unpatch_model(
+        self, device_to: torch.device | None = None, unpatch_weights: bool = True
+    ) -> None:
+        if unpatch_weights and device_to is not None:
+            self._bases_off_the_gpu()
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+        self._bases_off_the_gpu()
+        return super().partially_unload(*args, **kwargs)
 
     def _base_of(self, weight: torch.Tensor, original: torch.Tensor | None) -> torch.Tensor:
-        if original is None or original.data_ptr() == weight.data_ptr():
+        if original is None or original.is_meta or original.data_ptr() == weight.data_ptr():
             return weight.to(self.offload_device, copy=True)
         return original  # from before the load, where the host keeps it, too
 
-    def _restore(self, slots: dict[str, nn.Module], keys: Iterable[str] | None = None) -> None:
-        """Write the bases of `keys`, or all, back into their weights."""
+    def _restore(self, slots: dict[str, nn.Module], keys: Iterable[str]) -> None:
+        """Write the bases of `keys` back into their weights."""
         by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for key in self.backup if keys is None else keys:
+        for key in keys:
             base = self.backup[key].weight
             by_device.setdefault(base.device, []).append((_weight(slots[key], key), base))
         for pairs in by_device.values():
@@ -207,12 +226,14 @@ class InPlacePatcher(ModelPatcher):
             torch._foreach_copy_(list(weights), list(bases))
 
 
-def _casts(layer: nn.Module) -> bool:
-    """Whether a load has told this layer to cast or patch its weights itself."""
+def _is_set_up(layer: nn.Module, forced: bool) -> bool:
+    """Whether a load would leave this layer as it is: patching nothing while it runs, and told to
+    cast its weights if `forced`."""
     own = vars(layer)
-    return not _PATCHED_WHILE_RUNNING.isdisjoint(own) and any(
-        own.get(name) for name in _PATCHED_WHILE_RUNNING
-    )
+    if own.get("weight_function") or own.get("bias_function"):
+        return False
+    told = "prev_comfy_cast_weights" in own
+    return told == forced or not hasattr(type(layer), "comfy_cast_weights")
 
 
 def _layer(model: nn.Module, key: str) -> nn.Module | None:
@@ -229,9 +250,29 @@ def _is_plain(layer: nn.Module, name: str) -> bool:
     return (
         not layer._modules  # the host's load passes over what holds other layers
         and type(weight) in (nn.Parameter, torch.Tensor)
-        and not hasattr(layer, f"set_{name}")
-        and not hasattr(layer, f"convert_{name}")
+        and not _has(layer, f"set_{name}")
+        and not _has(layer, f"convert_{name}")
     )
+
+
+def _fit_there(weights: list[torch.Tensor]) -> bool:
+    """Whether copies of `weights` take a small part of what a sampling will leave free."""
+    device = weights[0].device
+    if device.type == "cpu":
+        return False
+    memory = comfy.model_management
+    free = memory.get_free_memory(device) - memory.minimum_inference_memory()
+    return sum(weight.nbytes for weight in weights) <= free // _BACKUP_SHARE
+
+
+def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    there = tensor.device
+    return there.type == device.type and device.index in (None, there.index)
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    # nn.Module answers for what it lacks by an exception, which takes long for hundreds.
+    return name in vars(layer) or hasattr(type(layer), name)
 
 
 def _weight(layer: nn.Module, key: str) -> torch.Tensor:

@@ -60,8 +60,11 @@ def _groups(jobs: Iterable[Rewrite]) -> Iterator[list[Rewrite]]:
     """Jobs of one form beside each other."""
     groups: dict[Any, list[Rewrite]] = {}
     for job in jobs:
-        low_rank = [p[2] for p in job.parts if p[0] == LOW_RANK]
-        specs = tuple((t.shape, t.dtype, t.device) for pair in low_rank for t in pair)
+        # The upper factor's shape and the weight's give the lower's.
+        specs = tuple(
+            (up.shape, up.dtype, up.device, down.dtype)
+            for up, down in (p[2] for p in job.parts if p[0] == LOW_RANK)
+        )
         form = (job.weight.shape, job.weight.dtype, job.base.device, specs)
         groups.setdefault(form, []).append(job)
     yield from groups.values()
@@ -149,19 +152,21 @@ class _Carrier:
         self._stream.wait_event(self._done[self._turn])
         buffer, used = self._buffers[self._turn], 0
         result: list[Any] = []
-        with torch.cuda.stream(self._stream):
-            for slot in slots:
-                if slot[0].device == self._device:
-                    result.append(slot)
-                    continue
-                size = slot[0].nbytes * len(slot)
-                there = buffer[used : used + size].view(slot[0].dtype)
-                there = there.view(len(slot), *slot[0].shape)
-                used += _aligned(size)
-                for start, run in _runs(slot):
-                    there[start : start + len(run)].copy_(run, non_blocking=True)
-                result.append(there)
-        self._main.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                for slot in slots:
+                    if slot[0].device == self._device:
+                        result.append(slot)
+                        continue
+                    size = slot[0].nbytes * len(slot)
+                    there = buffer[used : used + size].view(slot[0].dtype)
+                    there = there.view(len(slot), *slot[0].shape)
+                    used += _aligned(size)
+                    for start, run in _runs(slot):
+                        there[start : start + len(run)].copy_(run, non_blocking=True)
+                    result.append(there)
+        finally:  # also where a copy fails: the buffers go back to where the main stream allocates
+            self._main.wait_stream(self._stream)
         return result
 
     def _as_is(self, slot: list[torch.Tensor]) -> Any:

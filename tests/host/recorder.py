@@ -1,17 +1,18 @@
 """A recorder for the CPU that keeps to what a CUDA graph can do.
 
-Every operation is kept with the very tensors that it was given, and done again on them, Python
+Every operation is kept with the very memory that it was given, and done again on it, Python
 left out: a weight that moved, a buffer that was freed or a branch that would be taken otherwise
 gives the wrong image here as it would on a GPU.
 """
 
+import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class TapeRecorder:
@@ -60,7 +61,8 @@ class _Tape(TorchDispatchMode):
         new = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         # What shares memory with an argument is a view, or the argument itself.
         own = [t if _storage(t) not in given else None for t in new]
-        self._operations.append((function, args, kwargs or {}, own))
+        args, kwargs = tree_map_only(torch.nn.Parameter, _address, (args, kwargs or {}))
+        self._operations.append((function, args, kwargs, own))
         return result
 
     def replay(self) -> None:
@@ -71,6 +73,15 @@ class _Tape(TorchDispatchMode):
             for output, result in zip(outputs, results, strict=True):
                 if output is not None:
                     output.copy_(result)
+
+
+def _address(weight: torch.Tensor) -> torch.Tensor:
+    """A weight's memory, not kept alive: the parameter may be given other memory later, and this
+    may be freed."""
+    last = sum((n - 1) * step for n, step in zip(weight.shape, weight.stride(), strict=True))
+    memory = (ctypes.c_byte * ((last + 1) * weight.element_size())).from_address(weight.data_ptr())
+    flat = torch.frombuffer(memory, dtype=weight.dtype)
+    return flat.as_strided(weight.shape, weight.stride())
 
 
 def _storage(tensor: torch.Tensor) -> int:
