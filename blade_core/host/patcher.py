@@ -182,6 +182,7 @@ class InPlacePatcher(ModelPatcher):
                 self._base_of(weight, originals.get(key))
                 for key, weight in zip(keys, weights, strict=True)
             ]
+        stays = _is_on(weights[0], self.offload_device)
         for key, copy in zip(keys, copies, strict=True):
             # Nodes that merge models hold the parameter for what the checkpoint had: it stays
             # that, as in stock, and the layer gets another over the same memory.
@@ -190,7 +191,8 @@ class InPlacePatcher(ModelPatcher):
             assert old is not None
             parameters[name] = nn.Parameter(old.data, requires_grad=False)
             old.data = copy
-            self.backup[key] = _Backup(old, False)
+            # Where nothing is moved, the host would give the layer the base itself to keep.
+            self.backup[key] = _Backup(old, stays)
 
     def _bases_off_the_gpu(self) -> None:
         """Before the host takes weights off: whoever holds a base shall not hold the GPU's
