@@ -99,7 +99,7 @@ def tensor_bytes() -> int:
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in gc.get_objects()
-        if issubclass(type(t), torch.Tensor) and t.device.type != "meta"
+        if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type != "meta"
     }
     return sum(storages.values())
 
