@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..blade_core.config import ON_FAILURE
-from ..blade_core.host.fuse import Row
+from ..blade_core.host import model as host
+from ..blade_core.host.fuse import Row, fuse_loras
 from ..blade_core.host.lora_file import lora_names, lora_versions
-from ..blade_core.host.model import fuse
 
 ROWS = 8
 
@@ -84,7 +84,10 @@ class BladeFusedLoRA:
     ) -> tuple[Any, Any, list[tuple[str, float, float]]]:
         stack = Row.of_stack(lora_stack)
         own = list(_rows(rows))
-        model, clip = fuse(model, clip, stack, own, on_failure=on_failure, node_id=unique_id)
+        library = host.session().loras
+        model, clip = fuse_loras(
+            library, model, clip, stack, own, on_failure=on_failure, node_id=unique_id
+        )
         return model, clip, [row.stack_entry for row in (*stack, *own)]
 
 

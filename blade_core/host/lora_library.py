@@ -21,7 +21,7 @@ class LoraLibrary:
         self.budget = budget
         self.reads = 0
         self._lock = threading.RLock()
-        self._loras: OrderedDict[tuple[LoraFile, int], Lora] = OrderedDict()
+        self._loras: OrderedDict[tuple[LoraFile, str], Lora] = OrderedDict()
         self._targets: weakref.WeakKeyDictionary[nn.Module, Targets] = weakref.WeakKeyDictionary()
 
     @property

@@ -14,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter.base import WeightAdapterBase
 
 from ..errors import LoraError, first_line, is_cancel, is_out_of_memory
+from ..key import digest
 from ..memory import pack
 from .adapters import LOW_RANK, Part, fits, part_of, tensors_of, with_tensors
 from .lora_file import Tensors
@@ -28,7 +29,7 @@ class Targets:
 
     names: dict[str, Any]
     shapes: dict[str, torch.Size]
-    digest: int
+    digest: str
 
     @classmethod
     def of_unet(cls, patcher: ModelPatcher) -> Targets:
@@ -45,8 +46,9 @@ class Targets:
         shapes |= {key: weight.shape for key, weight in patcher.model.named_parameters()}
         # A patch that is loaded now may have made a weight larger.
         shapes |= {key: backup.weight.shape for key, backup in patcher.backup.items()}
-        digest = hash((tuple(sorted(names.items(), key=str)), tuple(sorted(shapes.items()))))
-        return cls(names, shapes, digest)
+        named = sorted((name, repr(key)) for name, key in names.items())
+        sizes = sorted((key, tuple(shape)) for key, shape in shapes.items())
+        return cls(names, shapes, digest((tuple(named), tuple(sizes))))
 
 
 @dataclass

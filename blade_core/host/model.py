@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from ..engine import Engine
 from ..log import logger
 from ..recorder import CudaRecorder
 from .dynamic import non_dynamic_clone
-from .fuse import Row, fuse_loras
 from .lora_library import LoraLibrary
 from .patcher import FUSED, as_stock, switch_in_place
 from .progress import CompileProgress, say
@@ -192,21 +191,6 @@ def stats(model: ModelPatcher | None = None) -> dict[str, Any]:
     if attachment is not None:
         states = [session().unet(model.model.diffusion_model, attachment.config)]
     return session().stats(states) | {"loras": fused.report() if fused else None}
-
-
-def fuse(
-    model: ModelPatcher,
-    clip: Any,
-    stack: Sequence[Row],
-    rows: Sequence[Row],
-    *,
-    on_failure: str,
-    node_id: str | None = None,
-) -> tuple[ModelPatcher, Any]:
-    """`fuse_loras` with the process's own library of files."""
-    return fuse_loras(
-        session().loras, model, clip, stack, rows, on_failure=on_failure, node_id=node_id
-    )
 
 
 def _remove_blade(model: ModelPatcher) -> None:

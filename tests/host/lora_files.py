@@ -230,6 +230,16 @@ def loaded(model: Any) -> Tensors:
     return state(model)
 
 
+def effective(model: Any) -> Tensors:
+    """The weights that layers compute with: offloaded ones are patched in each call."""
+    result = state(model)
+    for name, layer in model.model.named_modules():
+        for key in ("weight", "bias"):
+            for function in getattr(layer, f"{key}_function", ()):
+                result[f"{name}.{key}"] = function(result[f"{name}.{key}"])
+    return result
+
+
 def addresses(model: Any) -> list[int]:
     return [weight.data_ptr() for weight in patcher(model).model.state_dict().values()]
 

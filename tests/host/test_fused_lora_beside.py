@@ -17,6 +17,7 @@ from blade_tests.host.lora_files import (
     Tensors,
     assert_near,
     changed,
+    effective,
     fuse,
     loaded,
     make,
@@ -88,16 +89,6 @@ def test_merges_see_the_checkpoint(patched: Patched) -> None:
     assert changed(expected[0], expected[1])  # the LoRA is seen
     for actual, theirs in zip(merges(patched), expected, strict=True):
         assert_near(actual, theirs, WEIGHTS)
-
-
-def effective(model: Any) -> Tensors:
-    """The weights that layers compute with: offloaded ones are patched in each call."""
-    result = state(model)
-    for name, layer in model.model.named_modules():
-        for key in ("weight", "bias"):
-            for function in getattr(layer, f"{key}_function", ()):
-                result[f"{name}.{key}"] = function(result[f"{name}.{key}"])
-    return result
 
 
 def with_room(model: Any, share: float) -> Any:

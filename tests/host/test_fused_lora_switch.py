@@ -21,11 +21,11 @@ from blade_tests.host.lora_files import (
     SMALL,
     LoraFile,
     Row,
-    Tensors,
     addresses,
     assert_near,
     changed,
     distance,
+    effective,
     fuse,
     loaded,
     make,
@@ -202,16 +202,6 @@ def test_frozen_weights_see_each_switch(session: Session, own: Path, small: Any)
     for rows in ([row("lora")], [row("lora", 0.5)]):
         theirs = sample(stock(make_model(SMALL), rows)[0])
         assert relative_rms(sample(fuse(optimized, rows)[0]), theirs) <= IMAGES
-
-
-def effective(model: Any) -> Tensors:
-    """The weights that layers compute with: offloaded ones are patched in each call."""
-    result = state(model)
-    for name, layer in model.model.named_modules():
-        for key in ("weight", "bias"):
-            for function in getattr(layer, f"{key}_function", ()):
-                result[f"{name}.{key}"] = function(result[f"{name}.{key}"])
-    return result
 
 
 def partially(model: Any) -> Any:
