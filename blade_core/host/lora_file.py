@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -81,8 +82,14 @@ class LoraFile:
             if is_cancel(error) or is_out_of_memory(error):
                 raise
             raise LoraError(
-                f"The LoRA {self.name!r} cannot be read: {first_line(error).rstrip('.')}. "
+                f"The LoRA {self.name!r} cannot be read: {_reason(error)}. "
                 "Expected a safetensors file, or a checkpoint of nothing but tensors. "
                 "Download it again."
             ) from error
         return tensors
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text says how to run it anyway
+        return "it is no pickle of plain tensors; code in such files is never run"
+    return first_line(error).rstrip(".")
