@@ -92,7 +92,8 @@ class InPlacePatcher(ModelPatcher):
             return False
         start = time.perf_counter()
         try:
-            self._write(slots, device, originals or {})
+            with torch.no_grad():  # the host's worker has it so; what else loads a model may not
+                self._write(slots, device, originals or {})
         except Exception as error:  # whatever a patch raises, the stock way may still work
             if is_cancel(error):
                 raise
