@@ -19,6 +19,9 @@ NAMES = (
     "captures",  # CUDA graphs recorded
     "captures_dropped",  # given back: weights moved, memory needed, or the model is gone
     "replays",  # UNet calls that were one replay
+    "control_runs",  # of these, runs of an optimized ControlNet; a model twice in a chain is one
+    "control_replays",  # ControlNet calls that were one replay
+    "hint_embeddings",  # control images that a ControlNet took up
 )
 
 

@@ -57,6 +57,10 @@ class LoraError(BladeError):
     """A LoRA cannot be used as asked; the message names the file."""
 
 
+class ControlNetError(BladeError):
+    """A ControlNet does not fit the model, or its control image does not fit the ControlNet."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error`, or what caused it, is a lack of device or host memory."""
     # torch.OutOfMemoryError by the name that torch 2.0, where torch_blade lives, has too.

@@ -59,6 +59,28 @@ def describe(module: nn.Module, *, ignore: Collection[str] = ()) -> tuple[Any, .
     )
 
 
+def reads_training(module: nn.Module) -> bool:
+    """Whether a module in `module` may compute something else in training mode than in eval mode.
+
+    Graphs are made in eval mode, but ComfyUI leaves some models in training mode.
+    """
+    return any(
+        _class_reads_training(type(child))  # type: ignore[arg-type]  # a class has a hash
+        and getattr(child, "p", None) != 0.0
+        for child in modules_of(module)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _class_reads_training(kind: type[nn.Module]) -> bool:
+    return any(
+        isinstance(value, types.FunctionType) and "training" in value.__code__.co_names
+        for base in kind.__mro__
+        if base is not nn.Module  # which has `train` and `eval` themselves
+        for value in vars(base).values()
+    )
+
+
 def modules_of(root: nn.Module) -> list[nn.Module]:
     """All modules of `root`, each once, in no order that counts.
 

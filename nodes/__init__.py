@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from .controlnet_apply import BladeControlNetApply
 from .fused_lora import BladeFusedLoRA
 from .optimize_model import BladeOptimizeModel
 from .report import BladeReport
 from .routes import register_routes
 
-ALL_NODES: tuple[Any, ...] = (BladeOptimizeModel, BladeFusedLoRA, BladeReport)
+ALL_NODES: tuple[Any, ...] = (
+    BladeOptimizeModel,
+    BladeFusedLoRA,
+    BladeControlNetApply,
+    BladeReport,
+)
 
 # A node's id is its class name; workflows refer to it, so it never changes.
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in ALL_NODES}

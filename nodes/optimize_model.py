@@ -7,6 +7,58 @@ from typing import Any
 from ..blade_core.config import BACKENDS, FROZEN_CHANGE, ON_FAILURE, OptimizeConfig
 from ..blade_core.host.model import optimize_model, without_blade
 
+DIALS: dict[str, Any] = {
+    "backend": (
+        list(BACKENDS),
+        {
+            "default": "auto",
+            "tooltip": "The compiler. auto takes the first that can run here: "
+            "torch_blade, then inductor. eager compiles nothing and gains nothing; "
+            "it is for finding out where a difference comes from. Typical: auto.",
+        },
+    ),
+    "freeze_weights": (
+        "BOOLEAN",
+        {
+            "default": False,
+            "tooltip": "Folds the weights into the compiled graphs. Costs a second "
+            "copy of the UNet's weights in memory, and every change of LoRA, strength "
+            "or checkpoint compiles again. Typical: off.",
+        },
+    ),
+    "on_failure": (
+        list(ON_FAILURE),
+        {
+            "default": "fallback",
+            "tooltip": "What happens when something cannot be compiled. fallback: "
+            "that block runs as without this node, and the report says why. error: "
+            "the prompt stops with the reason. Typical: fallback.",
+        },
+    ),
+    "enabled": (
+        "BOOLEAN",
+        {
+            "default": True,
+            "tooltip": "Off: the model runs exactly as without this node. Costs "
+            "nothing; handy for comparing.",
+        },
+    ),
+}
+"""What can be chosen wherever Blade compiles."""
+
+FROZEN_DIAL: dict[str, Any] = {
+    "frozen_change": (
+        list(FROZEN_CHANGE),
+        {
+            "default": "rebuild",
+            "tooltip": "With freeze_weights on, what happens when a LoRA, a strength "
+            "or the checkpoint changes. rebuild: it compiles again, with a warning. "
+            "refuse: the prompt stops and says so. Typical: rebuild.",
+        },
+    ),
+}
+"""With it, and optional: workflows from before it was there still run."""
+
 
 class BladeOptimizeModel:
     """MODEL -> MODEL, every UNet block compiled."""
@@ -34,52 +86,10 @@ class BladeOptimizeModel:
                         "this node. Other kinds of model pass through unchanged."
                     },
                 ),
-                "backend": (
-                    list(BACKENDS),
-                    {
-                        "default": "auto",
-                        "tooltip": "The compiler. auto takes the first that can run here: "
-                        "torch_blade, then inductor. eager compiles nothing and gains nothing; "
-                        "it is for finding out where a difference comes from. Typical: auto.",
-                    },
-                ),
-                "freeze_weights": (
-                    "BOOLEAN",
-                    {
-                        "default": False,
-                        "tooltip": "Folds the weights into the compiled graphs. Costs a second "
-                        "copy of the UNet's weights in memory, and every change of LoRA, strength "
-                        "or checkpoint compiles again. Typical: off.",
-                    },
-                ),
-                "on_failure": (
-                    list(ON_FAILURE),
-                    {
-                        "default": "fallback",
-                        "tooltip": "What happens when something cannot be compiled. fallback: "
-                        "that block runs as without this node, and the report says why. error: "
-                        "the prompt stops with the reason. Typical: fallback.",
-                    },
-                ),
-                "enabled": (
-                    "BOOLEAN",
-                    {
-                        "default": True,
-                        "tooltip": "Off: the model runs exactly as without this node. Costs "
-                        "nothing; handy for comparing.",
-                    },
-                ),
+                **DIALS,
             },
             "optional": {
-                "frozen_change": (
-                    list(FROZEN_CHANGE),
-                    {
-                        "default": "rebuild",
-                        "tooltip": "With freeze_weights on, what happens when a LoRA, a strength "
-                        "or the checkpoint changes. rebuild: it compiles again, with a warning. "
-                        "refuse: the prompt stops and says so. Typical: rebuild.",
-                    },
-                ),
+                **FROZEN_DIAL,
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }

@@ -21,7 +21,7 @@ from ..errors import CompileFailed, UnknownStructure, WeightsFrozen, is_out_of_m
 from ..graph import Graph, GraphRequest, Positional, Static, skeleton
 from ..key import GraphKey, TensorSpec, digest
 from ..log import warn_once
-from ..structure import describe, modules_of
+from ..structure import describe, modules_of, reads_training
 from .blocks import Step, count_transformers, program
 from .patches import BlockId, Patched
 from .projections import Projection, Projections
@@ -66,7 +66,8 @@ class Unit:
     def __init__(self, step: Step, frozen_keys: dict[Signature, GraphKey]) -> None:
         self.step = step
         self.weights = UnitWeights(step.unit)
-        self.structure = digest(describe(step.unit, ignore=HOST_STATE))
+        ignore = HOST_STATE if reads_training(step.unit) else {*HOST_STATE, "training"}
+        self.structure = digest(describe(step.unit, ignore=ignore))
         self.graphs: dict[Signature, Graph] = {}
         self._resident: tuple[torch.Tensor, ...] = ()
         self._frozen: str | None = None

@@ -7,12 +7,15 @@ twin is kept per base model, as long as that model lives.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
+from torch import nn
 
 from ..errors import BladeError
+from .weights import HOST_STATE
 
 _twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """BaseModel -> what ModelPatcher.get_clone_model_override returned for its twin."""
@@ -35,3 +38,43 @@ def non_dynamic_clone(model: ModelPatcher) -> ModelPatcher:
         ) from error
     _twins[model.model] = clone.get_clone_model_override()
     return clone
+
+
+_control_twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""The model of a ControlNet -> the patcher of its twin."""
+
+
+def non_dynamic_control_model(control: Any) -> tuple[nn.Module, ModelPatcher]:
+    """The model of a ControlNet and the patcher that loads it, the classic way.
+
+    Under dynamic VRAM that is a twin over the same main memory: nothing is read again.
+    """
+    model, patcher = control.control_model, control.control_model_wrapped
+    if not getattr(patcher, "is_dynamic", lambda: False)():
+        return model, patcher
+    twin = _control_twins.get(model)
+    if twin is None:
+        twin = _control_twins[model] = ModelPatcher(
+            _without_pages(model), patcher.load_device, patcher.offload_device
+        )
+    return twin.model, twin
+
+
+def _without_pages(model: nn.Module) -> nn.Module:
+    """A copy of `model` over the same tensors, without what dynamic VRAM keeps on it."""
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(t.data, requires_grad=False) if isinstance(t, nn.Parameter) else t
+        for t in (*model.parameters(), *model.buffers())
+    }
+    kept = [(m, k) for m in model.modules() for k in vars(m) if _is_of_pages(k)]
+    for module, name in kept:
+        memo[id(vars(module)[name])] = None
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for name in [k for k in vars(module) if _is_of_pages(k)]:
+            del vars(module)[name]
+    return twin
+
+
+def _is_of_pages(name: str) -> bool:
+    return name in HOST_STATE or name.startswith(("dynamic_", "_v", "_prefetch", "_pin"))

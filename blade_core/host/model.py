@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -18,25 +18,30 @@ from ..config import OptimizeConfig, capture_bytes, lora_cache_bytes
 from ..engine import Engine
 from ..log import logger
 from ..recorder import CudaRecorder
+from .control import OptimizedControlNet
 from .dynamic import non_dynamic_clone
 from .lora_library import LoraLibrary
+from .optimized import OptimizedModel
 from .patcher import FUSED, as_stock, switch_in_place
 from .progress import CompileProgress, say
 from .unet import OptimizedUNet
 
 _KEY = "blade"
 
+_State = TypeVar("_State", bound=OptimizedModel)
+_States: TypeAlias = "weakref.WeakKeyDictionary[nn.Module, dict[OptimizeConfig, _State]]"
+
 
 class Session:
-    """All of Blade's state in a process: the engine, and what it knows of each UNet alive."""
+    """All of Blade's state in a process: the engine, and what it knows of each model alive."""
 
     def __init__(self) -> None:
         self.engine = Engine()
         self.captures = CaptureBudget(self.engine.counters, CudaRecorder, capture_bytes())
         self.loras = LoraLibrary(lora_cache_bytes())
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._unets: weakref.WeakKeyDictionary[nn.Module, dict[OptimizeConfig, OptimizedUNet]]
-        self._unets = weakref.WeakKeyDictionary()
+        self._unets: _States[OptimizedUNet] = weakref.WeakKeyDictionary()
+        self._controlnets: _States[OptimizedControlNet] = weakref.WeakKeyDictionary()
 
     def prepare(self, unet: nn.Module) -> None:
         """Once: the first LoRA must find weights as the graphs saw them (hosts before 0.30)."""
@@ -55,11 +60,18 @@ class Session:
             by_config[config] = OptimizedUNet(unet, self.engine, self.captures, config)
         return by_config[config]
 
+    def controlnet(self, model: nn.Module, config: OptimizeConfig) -> OptimizedControlNet:
+        """Return the state of a ControlNet's `model` under `config`; all its copies share it."""
+        by_config = self._controlnets.setdefault(model, {})
+        if config not in by_config:
+            by_config[config] = OptimizedControlNet(model, self.engine, self.captures, config)
+        return by_config[config]
+
     def stats(self, states: Iterable[OptimizedUNet] | None = None) -> dict[str, Any]:
         """Counters, cache and models as plain data; `states` limits the models."""
         cache = self.engine.cache
         if states is None:
-            states = [s for by_config in list(self._unets.values()) for s in by_config.values()]
+            states = _all(self._unets)
         return {
             "counters": self.engine.counters.snapshot(),
             "cache": {
@@ -74,7 +86,12 @@ class Session:
                 "budget_bytes": self.loras.budget,
             },
             "models": [state.report() for state in states],
+            "controlnets": [state.report() for state in _all(self._controlnets)],
         }
+
+
+def _all(states: _States[_State]) -> list[_State]:
+    return [state for by_config in list(states.values()) for state in by_config.values()]
 
 
 @functools.cache

@@ -1,0 +1,275 @@
+"""A ControlNet whose blocks run compiled, over the same engine as the UNet's.
+
+A ControlNet is the UNet's encoder once more, with a 1x1 convolution behind each block, so that
+most of its units have graphs that the UNet's have. The host's own forward runs over holders.
+What it makes of the control image does not depend on the step, and is kept for a run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from comfy.cldm.cldm import ControlNet as ControlModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
+from torch import nn
+
+from .block import OptimizedBlock
+from .optimized import OptimizedModel
+from .patches import UNPATCHED
+from .progress import CompileProgress
+
+_LISTS = ("input_blocks", "zero_convs")
+_SINGLE = ("middle_block", "middle_block_out")
+_HINT = ("input_hint_block", "transformer_layes", "spatial_ch_projs", "control_add_embedding")
+"""Children that work on the control image and its kind only (the host's spelling)."""
+
+_HOST_FORWARD = ControlModel.forward
+
+_MOST_HINTS = 8
+"""Control images whose embeddings are kept in a run: an embedding of SDXL at 1024² is 10 MiB."""
+
+Residuals = dict[str, list[torch.Tensor]]
+"""What the host adds to the UNet's: "output", one for each input block, and "middle"."""
+
+
+class Holder(nn.Module):
+    """Stands for one child of the ControlNet inside a call."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+class Hint(NamedTuple):
+    """What a ControlNet makes of one control image, (1 or B, C, H, W), and of its kind, (1, E).
+
+    image: the image itself. The host keeps it for a run and changes it for no one.
+    """
+
+    image: weakref.ref[torch.Tensor]
+    kinds: tuple[int, ...]
+    features: torch.Tensor
+    kind: torch.Tensor | None
+
+
+class OptimizedControlNet(OptimizedModel):
+    """The model inside a ControlNet of SD1.5's or SDXL's kind, Union ControlNets too."""
+
+    inside = (*_LISTS, *_SINGLE, *_HINT)
+    counters = ("control_runs", "control_replays")
+
+    _hints: tuple[Hint, ...] = ()
+
+    def _hold(self, model: nn.Module) -> dict[str, nn.Module]:
+        self.blocks = []
+        self._forms: dict[Any, list[_Form]] = {}
+
+        def hold(name: str, block: nn.Module) -> Holder:
+            optimized = OptimizedBlock(name, ("control", len(self.blocks)), block)
+            self.blocks.append(optimized)
+            return Holder(partial(self._run_block, optimized))
+
+        holders: dict[str, nn.Module] = {}
+        for name in _LISTS:
+            blocks = enumerate(getattr(model, name))
+            holders[name] = nn.ModuleList([hold(f"{name}.{i}", block) for i, block in blocks])
+        for name in _SINGLE:
+            holders[name] = hold(name, getattr(model, name))
+        return holders
+
+    def _blocks(self, model: Any) -> list[nn.Module]:
+        lists = [block for name in _LISTS for block in getattr(model, name)]
+        return [*lists, *(getattr(model, name) for name in _SINGLE)]
+
+    def call(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        others: dict[str, Any],
+        *,
+        progress: CompileProgress,
+        freeze: bool,
+    ) -> Residuals:
+        """Run one call of the host's ControlNet.forward; `args` are (x, hint, timesteps, context,
+        y), and `others` what else it takes: the control_type of a Union ControlNet.
+
+        x: (B, C, H, W). hint: (1 or B, 3, 8H, 8W), the control image.
+        """
+        x, hint, timesteps, context, y = args
+        with self._lock:
+            reason = _foreign_code(model) or _bad_kinds(model, others)
+            if reason is None:
+                run = self._ready(model, x, progress, freeze)
+            else:
+                self.end()
+                self._refuse(reason)
+                run = None
+            if run is None:
+                stock: Residuals = model(*args, **others)
+                return stock
+            seen = self._see(model, hint, others, x.dtype)
+            given = (x, seen.features, timesteps, context, y, seen.kind)
+            if self._replayer is None or not self._pool.usable(x.device):
+                run.pieces = None
+                return self._launch(model, given, others)
+            return self._capture(model, given, others)
+
+    def _capture(
+        self, model: nn.Module, given: tuple[torch.Tensor | None, ...], others: dict[str, Any]
+    ) -> Residuals:
+        signature = (
+            *[None if t is None else (t.shape, t.dtype) for t in given],
+            _kinds(others),
+        )
+
+        def work(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            rest = iter(tensors)
+            arguments = tuple([None if t is None else next(rest) for t in given])
+            residuals = self._launch(model, arguments, others)
+            self._forms[signature] = _forms(residuals)
+            return _pack(residuals)
+
+        tensors = [t for t in given if t is not None]
+        packed = self._as_one(signature, tensors, self._outside, work)
+        if packed is None:
+            return self._launch(model, given, others)
+        return _unpack(packed, self._forms[signature])
+
+    def _launch(
+        self, model: nn.Module, given: tuple[torch.Tensor | None, ...], others: dict[str, Any]
+    ) -> Residuals:
+        """Let the host run the call over the holders; `given` has the image's features in the
+        place of the image."""
+        x, features, timesteps, context, y, kind = given
+        assert features is not None
+        stand_ins = self._holders | {"input_hint_block": Holder(lambda *_: features)}
+        if kind is not None:
+            stand_ins["control_add_embedding"] = Holder(lambda *_: kind)
+        with _swapped(model, stand_ins, {"union_controlnet_merge": lambda *_: features}):
+            try:
+                residuals: Residuals = model(x, features, timesteps, context, y, **others)
+                return residuals
+            finally:
+                self._projections.end_call()
+                self._progress.finish()
+
+    def _run_block(
+        self,
+        block: OptimizedBlock,
+        h: torch.Tensor,
+        emb: torch.Tensor,
+        context: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert self._run is not None
+        return block(h, emb, context, {}, None, (None, None, None), self._run, UNPATCHED)
+
+    def _see(
+        self, model: Any, image: torch.Tensor, others: dict[str, Any], dtype: torch.dtype
+    ) -> Hint:
+        """What the host's own layers make of the control image, once a run."""
+        kinds = _kinds(others)
+        for hint in self._hints:
+            if hint.image() is image and hint.kinds == kinds:
+                return hint
+        kind = None
+        if model.control_add_embedding is not None:
+            kind = model.control_add_embedding(list(kinds), dtype, image.device)
+        if kind is not None and kinds:
+            images = image if image.ndim == 5 else image.unsqueeze(0)
+            features = model.union_controlnet_merge(images, list(kinds), None, None)
+        else:
+            features = model.input_hint_block(image, None, None)
+        hint = Hint(weakref.ref(image), kinds, features, kind)
+        self._hints = (*self._hints[1 - _MOST_HINTS :], hint)
+        self._engine.counters.add("hint_embeddings")
+        return hint
+
+    def end(self) -> None:
+        with self._lock:
+            self._hints = ()
+            super().end()
+
+
+class _Form(NamedTuple):
+    name: str
+    shape: torch.Size
+    channels_last: bool
+
+
+def _forms(residuals: Residuals) -> list[_Form]:
+    return [
+        _Form(name, t.shape, not t.is_contiguous()) for name in residuals for t in residuals[name]
+    ]
+
+
+def _pack(residuals: Residuals) -> torch.Tensor:
+    """All residuals one behind the other, as they lie in memory: a capture has one result."""
+    flat = [
+        (t if t.is_contiguous() else t.permute(0, 2, 3, 1)).reshape(-1)
+        for tensors in residuals.values()
+        for t in tensors
+    ]
+    return torch.cat(flat)
+
+
+def _unpack(packed: torch.Tensor, forms: list[_Form]) -> Residuals:
+    residuals: Residuals = {}
+    parts = packed.split([form.shape.numel() for form in forms])
+    for form, part in zip(forms, parts, strict=True):
+        batch, channels, height, width = form.shape
+        if form.channels_last:
+            tensor = part.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        else:
+            tensor = part.view(form.shape)
+        residuals.setdefault(form.name, []).append(tensor)
+    return residuals
+
+
+@contextmanager
+def _swapped(
+    model: nn.Module, children: dict[str, nn.Module], methods: dict[str, Any]
+) -> Iterator[None]:
+    modules, own = model._modules, vars(model)
+    stock = {name: modules[name] for name in children}
+    modules.update(children)
+    own.update(methods)
+    try:
+        yield
+    finally:
+        modules.update(stock)
+        for name in methods:
+            del own[name]
+
+
+def _kinds(others: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(others.get("control_type", ()))
+
+
+def _foreign_code(model: nn.Module) -> str | None:
+    """Why a call of this model is not what the host's own code alone would do."""
+    own, forward = vars(model), ControlModel.forward
+    if type(model) is not ControlModel:
+        return f"the ControlNet is a {type(model).__name__}"
+    if forward is not _HOST_FORWARD or not forward.__module__.startswith("comfy."):
+        return "another node pack replaced ComfyUI's ControlNet.forward"
+    if "forward" in own or "union_controlnet_merge" in own:
+        return "another node pack replaced the ControlNet's forward"
+    if model._forward_hooks or model._forward_pre_hooks:
+        return "the ControlNet has hooks"
+    if type(model.input_hint_block) is not TimestepEmbedSequential:
+        return "another node pack replaced the ControlNet's hint block"
+    return None
+
+
+def _bad_kinds(model: Any, others: dict[str, Any]) -> str | None:
+    """Kinds of image that a Union ControlNet does not know: the host has the words for that."""
+    if model.control_add_embedding is None:
+        return None
+    if all(kind < model.num_control_type for kind in _kinds(others)):
+        return None
+    return "it does not know this control_type"

@@ -1,0 +1,191 @@
+"""ControlLora: a ControlNet stored as a low-rank difference from the base model's own encoder.
+
+The host makes its model anew for each run and adds the product of the factors to each weight in
+each call. Here the sums are made once a base, into a ControlNet that the host keeps like any
+other, and written again in place when the base has changed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.cldm.cldm import ControlNet as ControlModel
+from comfy.controlnet import ControlBase, ControlLora, ControlNet
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from ..config import OptimizeConfig
+from ..errors import ControlNetError
+from .control_proxy import Proxy, check_fits
+
+_HINT = "input_hint_block.0.weight"
+
+Weights = dict[str, torch.Tensor]
+"""A ControlLora's file: whole weights by name, and factors as NAME.up and NAME.down."""
+
+
+class Sum:
+    """The ControlNet that is the sum of one ControlLora and the base that was sampled last."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.patcher: ModelPatcher | None = None
+        self._weights = weights
+        self._base: tuple[Any, ...] = ()
+
+    def model(self, base: Any) -> nn.Module:
+        """The sum with `base`, the host's BaseModel, which is loaded.
+
+        Raises:
+            ControlNetError: the file was made for another kind of model.
+        """
+        form = _form(base)
+        if self.patcher is None or self._base[:2] != form[:2]:
+            model = self._build(base, form[1])
+            _write(model, self._weights, base)
+            device = comfy.model_management.get_torch_device()
+            offload = comfy.model_management.unet_offload_device()
+            self.patcher = ModelPatcher(model, load_device=device, offload_device=offload)
+            # From now on the host counts it, and takes it off the GPU when it wants to.
+            memory = comfy.model_management
+            in_use = memory.loaded_models(only_currently_used=True)
+            memory.load_models_gpu([*in_use, self.patcher])
+        elif self._base != form:
+            _write(self.patcher.model, self._weights, base)
+        self._base = form
+        found: nn.Module = self.patcher.model
+        return found
+
+    def _build(self, base: Any, dtype: torch.dtype) -> nn.Module:
+        config = {k: v for k, v in base.model_config.unet_config.items() if k != "out_channels"}
+        config["hint_channels"] = self._weights[_HINT].shape[1]
+        config |= {"dtype": dtype, "operations": comfy.ops.disable_weight_init}
+        # Its weights come one by one, on the device.
+        return ControlModel(**config, device="meta").requires_grad_(False).eval()
+
+
+def _form(base: Any) -> tuple[Any, ...]:
+    """Which weights a sum was made of: the UNet, the dtype that it computes in, its LoRAs."""
+    dtype = base.manual_cast_dtype or base.get_dtype()
+    return (weakref.ref(base.diffusion_model), dtype, base.current_weight_patches_uuid)
+
+
+def _write(model: nn.Module, weights: Weights, base: Any) -> None:
+    """Give `model` the sums; tensors that are there are written in place."""
+    check_fits(model, base)
+    device = comfy.model_management.get_torch_device()
+    there = base.diffusion_model.state_dict()
+    with torch.no_grad():
+        for owner, name, full in _parameters(model):
+            old = owner._parameters[name]
+            assert old is not None
+            new = _sum(full, weights, there, old.shape, device)
+            if old.is_meta:
+                owner._parameters[name] = nn.Parameter(new.to(old.dtype), requires_grad=False)
+            else:
+                old.data.copy_(new)
+
+
+def _sum(
+    name: str, weights: Weights, base: Weights, shape: torch.Size, device: torch.device
+) -> torch.Tensor:
+    whole = weights.get(name, base.get(name))
+    if whole is None or whole.shape != shape:
+        seen = "nothing" if whole is None else f"shape {tuple(whole.shape)}"
+        raise ControlNetError(
+            f"This ControlLora does not fit the model: for {name} there is {seen}, expected shape "
+            f"{tuple(shape)}. Load one that was made for this kind of model."
+        )
+    total = whole.to(device=device, dtype=torch.float32)
+    stem = name.removesuffix(".weight")
+    up, down = weights.get(f"{stem}.up"), weights.get(f"{stem}.down")
+    if stem == name or up is None or down is None:
+        return total
+    up, down = (t.to(device=device, dtype=torch.float32).flatten(1) for t in (up, down))
+    return total + (up @ down).view(shape)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    for prefix, module in model.named_modules():
+        for name in module._parameters:
+            if module._parameters[name] is not None:
+                yield module, name, f"{prefix}.{name}" if prefix else name
+
+
+_sums: weakref.WeakKeyDictionary[ControlLora, Sum] = weakref.WeakKeyDictionary()
+"""The sum for each ControlLora that is loaded, by the object that its loader gave."""
+
+
+class FusedControlLora(ControlLora):
+    """The host's ControlLora over the sum."""
+
+    control_model: Proxy | None
+    _sum: Sum
+    _config: OptimizeConfig
+    _node_id: str | None
+
+    @classmethod
+    def of(
+        cls, control: ControlLora, config: OptimizeConfig, node_id: str | None
+    ) -> FusedControlLora:
+        """A copy of `control`; all copies share one sum."""
+        if control not in _sums:
+            _sums[control] = Sum(control.control_weights)
+        return cls._take(control.copy(), _sums[control], config, node_id)
+
+    @classmethod
+    def _take(
+        cls, control: Any, total: Sum, config: OptimizeConfig, node_id: str | None
+    ) -> FusedControlLora:
+        control.__class__ = cls  # the host's copy() makes its own class
+        control._sum, control._config, control._node_id = total, config, node_id
+        control.control_model = None
+        fused: FusedControlLora = control
+        return fused
+
+    @property
+    def hint_channels(self) -> int:
+        return int(self.control_weights[_HINT].shape[1])
+
+    def copy(self) -> FusedControlLora:
+        return self._take(super().copy(), self._sum, self._config, self._node_id)
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        ControlNet.pre_run(self, model, percent_to_timestep_function)
+        self.manual_cast_dtype = model.manual_cast_dtype
+        self.control_model = Proxy(self._sum.model(model), self._config, self._node_id)
+        self.control_model.begin_run(model)
+
+    def cleanup(self) -> None:
+        if self.control_model is not None:
+            self.control_model.state.end()
+        self.control_model = None
+        ControlNet.cleanup(self)
+
+    def get_models(self) -> list[Any]:
+        models: list[Any] = ControlBase.get_models(self)
+        return models if self._sum.patcher is None else [*models, self._sum.patcher]
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
+        """Bytes: until the host counts the sum as a model, it has to leave room for it."""
+        size = 0
+        if self._sum.patcher is None:
+            sizes = (
+                _full_size(k, v, self.control_weights) for k, v in self.control_weights.items()
+            )
+            size = sum(sizes) * comfy.model_management.dtype_size(dtype)
+        return size + ControlBase.inference_memory_requirements(self, dtype)
+
+
+def _full_size(name: str, tensor: torch.Tensor, weights: Weights) -> int:
+    """How many elements the sum has for one tensor of the file."""
+    if name.endswith(".up"):
+        return 0
+    if name.endswith(".down"):
+        up = weights[f"{name.removesuffix('.down')}.up"]
+        return up.shape[0] * tensor[0].numel()
+    return tensor.numel()

@@ -1,0 +1,101 @@
+"""What stands in a ControlNet for its model, and what a sampling run of it begins and ends with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.patcher_extension import CallbacksMP
+from torch import nn
+
+from ..config import OptimizeConfig
+from ..errors import ControlNetError
+from . import model as host
+from .control import OptimizedControlNet, Residuals
+from .progress import CompileProgress
+
+
+class Proxy:
+    """Stands for the model of a ControlNet where the host calls it."""
+
+    def __init__(self, model: nn.Module, config: OptimizeConfig, node_id: str | None) -> None:
+        self._model, self._config, self._node_id = model, config, node_id
+
+    @property
+    def state(self) -> OptimizedControlNet:
+        return host.session().controlnet(self._model, self._config)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        hint: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        y: torch.Tensor | None = None,
+        **others: Any,
+    ) -> Residuals:
+        """The host's ControlNet.forward."""
+        return self.state.call(
+            self._model,
+            (x, hint, timesteps, context, y),
+            others,
+            progress=CompileProgress(self._node_id),
+            freeze=self._config.freeze_weights,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy.deepcopy(self._model, memo)  # another GPU gets a model of its own, as stock
+
+    def begin_run(self, model: Any) -> None:
+        """A sampling run of `model`, the host's BaseModel, begins.
+
+        Raises:
+            ControlNetError: the ControlNet was made for another kind of model.
+        """
+        check_fits(self._model, model)
+        state = self.state
+        state.end()
+        # Of a run that was cancelled the host tells the model's patcher, but no ControlNet.
+        patcher = model.current_patcher
+        if patcher is None:
+            return
+        key = f"blade controlnet {id(state)}"
+
+        def end(_: Any) -> None:
+            state.end()
+            patcher.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, key)
+
+        patcher.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, key)
+        patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, end)
+
+
+def check_fits(control_model: Any, model: Any) -> None:
+    """Refuse a ControlNet whose inputs are not those of `model`, the host's BaseModel.
+
+    Raises:
+        ControlNetError: naming what both are made of.
+    """
+    kind = type(model.model_config).__name__
+    unet = getattr(model, "diffusion_model", None)
+    theirs = _made_of(unet) if isinstance(unet, UNetModel) else "no UNet of that kind"
+    ours = _made_of(control_model)
+    if ours != theirs:
+        raise ControlNetError(
+            f"This ControlNet does not fit the model. It was made for a UNet with {ours}; the "
+            f"model is {kind}, with {theirs}. Load a ControlNet that was made for {kind}."
+        )
+
+
+def _made_of(model: Any) -> str:
+    prompts = [m for name, m in model.named_modules() if name.endswith("attn2.to_k")]
+    width = prompts[0].in_features if prompts else "no"
+    text = f"{model.model_channels} channels and prompts of width {width}"
+    if model.num_classes is None:
+        return text
+    pooled = next(m for m in model.label_emb.modules() if hasattr(m, "in_features"))
+    return f"{text}, and a label of width {pooled.in_features}"

@@ -1,0 +1,288 @@
+"""A model of blocks that runs compiled: what its runs begin and end with, and its captures.
+
+The UNet (unet.py) and the ControlNet (control.py) say which of their modules are blocks and how
+the host calls them; all else is the same for both.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar
+
+import comfy.model_management
+import torch
+from torch import nn
+
+from ..backends import Backend
+from ..capture import CaptureBudget, CapturePool, Replayer, Work
+from ..config import OptimizeConfig
+from ..engine import Engine
+from ..errors import BackendUnavailable, UnknownStructure, WeightsFrozen
+from ..key import GraphKey, environment
+from ..log import logger, warn_once
+from ..structure import describe_classes
+from .attention import attention_names
+from .block import OptimizedBlock, RunContext
+from .progress import CompileProgress
+from .projections import Projections
+from .step import describe_outer, not_capturable, outer_modules, replaced_by_others
+from .weights import ChannelsLast, Watch, parameter_slots, when_freed
+
+_REBUILD = (
+    "freeze_weights is on and the weights changed (LoRA, checkpoint or strength): Blade compiles "
+    "again. Turn freeze_weights off to switch without compiling."
+)
+
+
+class OptimizedModel:
+    """What Blade knows of one model under one configuration. Holds no reference to the model."""
+
+    inside: ClassVar[tuple[str, ...]]
+    """Children of the model that hold the blocks, or that are never part of a capture."""
+    counters: ClassVar[tuple[str, str]]
+    """Names of the counters of its runs and of its replays."""
+
+    def __init__(
+        self, model: nn.Module, engine: Engine, budget: CaptureBudget, config: OptimizeConfig
+    ) -> None:
+        self.name = type(model).__name__
+        self.config = config
+        self.blocks: list[OptimizedBlock] = []
+        self.why_not: str | None = None
+        self.compilers: tuple[str, ...] = ()
+        self._engine = engine
+        self._lock = threading.RLock()
+        self._layout = ChannelsLast()
+        self._run: RunContext | None = None
+        self._watch = Watch()
+        self._pool = CapturePool(budget)
+        self._projections = Projections()
+        self._captured_with: tuple[Any, ...] = ()
+        self._guard: object | None = None
+        self._replayer: Replayer | None = None
+        self._outside: str | None = None
+        self._replays = 0
+        self._bound = 0
+        self._rebuilds = False
+        self._classes: dict[type[nn.Module], tuple[Any, ...]] = {}
+        self._progress = CompileProgress(None)
+        self._holders = self._hold(model)
+
+    def _hold(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Set `blocks`, and return what stands in the place of the children that hold them."""
+        raise NotImplementedError
+
+    def _blocks(self, model: Any) -> list[nn.Module]:
+        """The blocks of `model` in the order of `blocks`."""
+        raise NotImplementedError
+
+    def _as_one(
+        self,
+        signature: Hashable,
+        tensors: Sequence[torch.Tensor],
+        reason: str | None,
+        work: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+    ) -> torch.Tensor | None:
+        """Replay a call as one capture, or record it; None if that cannot be: it has to be
+        launched then, and its blocks may be captured one by one.
+
+        reason: why it cannot be, if that is known.
+        work: runs the call over such tensors, launch by launch.
+        """
+        run, replayer = self._run, self._replayer
+        assert run is not None and replayer is not None
+        if reason is not None or replayer.never(signature):
+            run.pieces = replayer
+            if reason is not None:
+                replayer.reasons.add(reason)
+            return None
+        run.pieces = run.cut = None
+        run.checkpoint()  # a replay passes none of the places where the host looks for a cancel
+        result = replayer.replay(signature, tensors)
+        if result is not None:
+            self._replays += 1
+            return result
+        captured = Work(work, lambda: run.cut, self._graphs_in_use)
+        return replayer(signature, captured, tensors)
+
+    def end(self) -> None:
+        """End of a run: give the weights back as they were, let go of everything per run."""
+        with self._lock:
+            run, self._run = self._run, None
+            self._layout.restore()
+            self._watch.stop()
+            if run is None:
+                return
+            if self._replays:
+                run.engine.counters.add(self.counters[1], self._replays)
+                for block in self.blocks:  # each replay ran them all
+                    block.compiled_calls += self._replays
+            for block in self.blocks:
+                block.end(run.engine.counters)
+
+    def drop_captures(self) -> None:
+        """The host takes the model off the GPU: its captures go too."""
+        with self._lock:
+            _drop(self._pool, self._projections)
+
+    def _ready(
+        self, model: nn.Module, x: torch.Tensor, progress: CompileProgress, freeze: bool
+    ) -> RunContext | None:
+        """Begin a run if none is under way; None if this model has to run as stock."""
+        if self._run is None or self._moved(x):
+            self._begin(model, x, progress, freeze)
+        return self._run
+
+    def _begin(
+        self, model: nn.Module, x: torch.Tensor, progress: CompileProgress, freeze: bool
+    ) -> None:
+        self.end()
+        self.why_not = None
+        try:
+            backends = self._engine.backends(self.config, x.device)
+        except BackendUnavailable as error:
+            if self.config.strict:
+                raise
+            self._refuse(str(error))
+            return
+        replaced = replaced_by_others()
+        if replaced is not None:
+            self._refuse(replaced)
+            return
+        if torch.is_grad_enabled():
+            self._refuse("gradients are enabled")
+            return
+        if [block.block for block in self.blocks] != self._blocks(model):  # a block was replaced
+            self._holders = self._hold(model)
+        self._bound = 0
+        self._rebuilds = False
+        self._progress = progress
+        self.compilers = tuple(backend.name for backend in backends)
+        memory_format = _memory_format(x, backends[0])
+        run = RunContext(
+            engine=self._engine,
+            config=self.config,
+            backends=backends,
+            environment=environment(x.device, (*attention_names(), str(memory_format))),
+            memory_format=memory_format,
+            freeze=freeze,
+            checkpoint=comfy.model_management.throw_exception_if_processing_interrupted,
+            announce=self._announce,
+            bound=self._count_bound,
+            weights_changed=self._weights_changed,
+            projections=self._projections,
+        )
+        classes = describe_classes(model)
+        for block in self.blocks:
+            if classes != self._classes:
+                block.forget()
+            block.read()
+        self._classes = classes
+        slots = [slot for block in self.blocks for slot in block.slots()]
+        if memory_format == torch.channels_last:  # the GPU works on it while Python goes on
+            self._layout.apply((tensors[key] for tensors, key in slots), x.device)
+        for block in self.blocks:
+            block.begin(x.device, x.dtype, run)
+        outer = outer_modules(model, self.inside)
+        self._watch.start(slots + parameter_slots(outer))
+        self._replays = 0
+        self._replayer = None
+        self._projections.begin([p for block in self.blocks for p in block.projections()])
+        if self.config.capture and self._pool.usable(x.device):
+            self._outside = not_capturable(outer, x.device)
+            self._replayer = Replayer(self._pool, strict=self.config.strict)
+        self._keep_captures(x.device, run, self._describe_outer(model))
+        self._run = run
+        self._engine.counters.add(self.counters[0])
+
+    def _describe_outer(self, model: nn.Module) -> str | None:
+        try:
+            return describe_outer(model, self.inside)
+        except UnknownStructure as error:
+            self._outside = f"outside the blocks, {error}"
+            return None
+
+    def _keep_captures(self, device: torch.device, run: RunContext, outer: str | None) -> None:
+        """Drop the captures if anything that is baked into them is not as it was."""
+        self._stream = _stream(device)
+        baked = (
+            device,
+            self._stream,
+            run.environment,
+            outer,
+            [unit.frozen for block in self.blocks for unit in block.units],
+            [(block.why_not, block.changes) for block in self.blocks],
+            self._watch.addresses,
+        )
+        if baked != self._captured_with:
+            _drop(self._pool, self._projections)
+            self._captured_with = baked
+            pool, projections = self._pool, self._projections
+            self._guard = when_freed(self._watch.first, lambda: _drop(pool, projections))
+
+    def _moved(self, x: torch.Tensor) -> bool:
+        """Whether the run has to begin anew: weights moved, or the call came from elsewhere."""
+        if self._replayer is not None and _stream(x.device) != self._stream:
+            return True
+        return self._watch.moved()
+
+    def _graphs_in_use(self) -> Any:
+        graphs = [unit.graphs.copy() for block in self.blocks for unit in block.units]
+        return graphs, self._projections.in_use()
+
+    def _refuse(self, reason: str) -> None:
+        self.why_not = reason
+        warn_once(f"This model runs as stock: {reason}")
+
+    def _announce(self, key: GraphKey) -> None:
+        total = sum(len(block.units) for block in self.blocks)
+        self._progress.compiling(key, self._bound, total)
+
+    def _weights_changed(self) -> None:
+        if self.config.frozen_change == "refuse":
+            raise WeightsFrozen(
+                "freeze_weights is on and the weights changed (LoRA, checkpoint or strength); "
+                "frozen_change is refuse, so that nothing is compiled again. Take the change back, "
+                "set frozen_change to rebuild, or turn freeze_weights off."
+            )
+        if not self._rebuilds:  # once a run, however many graphs it concerns
+            logger.warning(_REBUILD)
+        self._rebuilds = True
+
+    def _count_bound(self) -> None:
+        self._bound += 1
+
+    def report(self) -> dict[str, Any]:
+        """What the last run did, block by block."""
+        return {
+            "model": self.name,
+            "backend": self.config.backend,
+            "compilers": list(self.compilers),
+            "freeze_weights": self.config.freeze_weights,
+            "on_failure": self.config.on_failure,
+            "runs_as_stock": self.why_not,
+            "captures": len(self._pool),
+            "capture_mib": round(self._pool.nbytes / 2**20, 1),
+            "replays": self._replays,
+            "not_captured": sorted(self._replayer.reasons) if self._replayer else [],
+            "blocks": [block.report() for block in self.blocks],
+        }
+
+
+def _drop(pool: CapturePool, projections: Projections) -> None:
+    projections.clear()  # first: the pool gives the device what is free by then
+    pool.clear()
+
+
+def _stream(device: torch.device) -> int:
+    """The stream that work for `device` is launched on now; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _memory_format(x: torch.Tensor, backend: Backend) -> torch.memory_format:
+    """Channels last is what tensor cores and CPU kernels want; fp32 on a GPU gains nothing."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if backend.channels_last and (x.device.type == "cpu" or (x.device.type == "cuda" and half)):
+        return torch.channels_last
+    return torch.contiguous_format
