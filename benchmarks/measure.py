@@ -63,7 +63,7 @@ class Bench:
     def _images(self, scenario: Scenario, memory: Memory) -> Row:
         graph = self._graph(scenario)
         model = graph(self._files.stack(scenario))
-        run = Runner(model, scenario, Conditioning(scenario, self.device), self.device)
+        run = Runner(model, scenario, self._conditioning(scenario), self.device)
         first, warm = run(), run()
         more = [run() for _ in range(3 if scenario.steps <= 20 else 2)]
         step_ms = _step_ms(more)
@@ -120,7 +120,7 @@ class Bench:
         """Other LoRAs, or the same with other strengths, on a model in use."""
         import comfy.model_management
 
-        conditioning = Conditioning(scenario, self.device)
+        conditioning = self._conditioning(scenario)
         turns = range(_MOST_SWITCHES + 2)
         in_use, *stacks, unused = (self._files.stack(scenario, turn) for turn in turns)
         graph = self._graph(scenario)
@@ -169,6 +169,9 @@ class Bench:
         if scenario.kind == "cold":
             row["read_ms"] = self._files.read_ms(stack)
         return row
+
+    def _conditioning(self, scenario: Scenario) -> Conditioning:
+        return Conditioning(scenario, self.device, self.system.controlnet)
 
     def _graph(self, scenario: Scenario) -> Callable[[Stack], Any]:
         """A user's graph: from LoRAs to the model that is sampled."""
@@ -231,7 +234,8 @@ def _blade_fields(before: dict[str, float]) -> Row:
     from blade.blade_core.host.model import stats
 
     data = stats()
-    states = [block["state"] for model in data["models"] for block in model["blocks"]]
+    models = [*data["models"], *data["controlnets"]]
+    states = [block["state"] for model in models for block in model["blocks"]]
     row: Row = {
         "graphs": counted["graphs_compiled"],
         "compile_s": round(counted["compile_seconds"], 3),
@@ -240,4 +244,5 @@ def _blade_fields(before: dict[str, float]) -> Row:
     }
     if "capture_seconds" in counted:
         row["capture_ms"] = round(counted["capture_seconds"] * 1e3, 1)
-    return row | {key: counted[key] for key in ("captures", "replays") if key in counted}
+    names = ("captures", "replays", "control_replays", "hint_embeddings")
+    return row | {key: counted[key] for key in names if key in counted}

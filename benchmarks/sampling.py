@@ -24,9 +24,14 @@ class Run:
 
 
 class Conditioning:
-    """Prompts of random numbers, with stock ControlNets of random weights behind them."""
+    """Prompts of random numbers, with ControlNets of random weights behind them.
 
-    def __init__(self, scenario: Scenario, device: torch.device) -> None:
+    made: what a system makes of a ControlNet before it is applied.
+    """
+
+    def __init__(
+        self, scenario: Scenario, device: torch.device, made: Callable[[Any], Any]
+    ) -> None:
         generator = torch.Generator().manual_seed(1)
         shape = (1, scenario.tokens, unet_config(scenario.model)["context_dim"])
         self.positive, self.negative = (
@@ -39,7 +44,7 @@ class Conditioning:
             for _ in range(2)
         )
         for seed in range(scenario.controlnets):
-            net = load_controlnet(scenario.model, device, seed)
+            net = made(load_controlnet(scenario.model, device, seed))
             image = torch.rand(1, scenario.size, scenario.size, 3, generator=generator)
             self.positive, self.negative = _apply_node()(
                 self.positive, self.negative, net, image, 1.0, 0.0, 1.0

@@ -10,6 +10,10 @@ from benchmarks.loaders import FusedLoras, LoraLoaders
 Apply = Callable[[Any], Any]
 
 
+def _as_it_is(controlnet: Any) -> Any:
+    return controlnet
+
+
 @dataclass(frozen=True)
 class System:
     """What is put on a model, and what the host is started with."""
@@ -17,6 +21,8 @@ class System:
     apply: Apply
     loras: type[LoraLoaders] | type[FusedLoras] = LoraLoaders
     """What stands before it where a scenario has LoRAs; each graph has its own."""
+    controlnet: Apply = _as_it_is
+    """What a ControlNet is made into before it is applied."""
     arguments: tuple[str, ...] = ()
     dynamo: bool = False
     """Whether torch.compile guards its graphs: another shape must not make them dynamic."""
@@ -59,27 +65,28 @@ def reduce_overhead(model: Any) -> Any:
     return clone
 
 
-def blade(model: Any, **options: Any) -> Any:
-    """BladeOptimizeModel with its defaults, but failures raise instead of running eager."""
-    from blade.blade_core.config import OptimizeConfig
-    from blade.blade_core.host.model import optimize_model
+def _blade(loras: Any = FusedLoras, **options: Any) -> System:
+    """Blade's nodes with their defaults, but failures raise instead of running eager.
 
-    return optimize_model(model, OptimizeConfig(**{"on_failure": "error", **options}))
+    options: what differs in Blade's OptimizeConfig.
+    """
 
+    def config() -> Any:
+        from blade.blade_core.config import OptimizeConfig
 
-def blade_uncaptured(model: Any) -> Any:
-    """The same without CUDA graphs: every kernel is launched from Python."""
-    return blade(model, capture=False)
+        return OptimizeConfig(**{"on_failure": "error", **options})
 
+    def model(model: Any) -> Any:
+        from blade.blade_core.host.model import optimize_model
 
-def blade_frozen(model: Any) -> Any:
-    """The same with the weights folded into the graphs."""
-    return blade(model, freeze_weights=True)
+        return optimize_model(model, config())
 
+    def controlnet(controlnet: Any) -> Any:
+        from blade.blade_core.host.controlnet import optimize_controlnet
 
-def blade_traced(model: Any) -> Any:
-    """The traced graphs run by torch itself: what tracing and channels-last alone change."""
-    return blade(model, backend="eager")
+        return optimize_controlnet(controlnet, config())
+
+    return System(model, loras, controlnet)
 
 
 SYSTEMS: dict[str, System] = {
@@ -88,11 +95,17 @@ SYSTEMS: dict[str, System] = {
     "torch-compile-max": System(torch_compile_max, dynamo=True),
     # CUDA graph trees know no checkpoints of cudaMallocAsync, the host's choice on most GPUs.
     "reduce-overhead": System(reduce_overhead, dynamo=True, allocator="native"),
-    "blade-loader": System(blade),  # LoRAs by stock's nodes
-    "blade": System(blade, FusedLoras),
-    "blade-uncaptured": System(blade_uncaptured, FusedLoras),
-    "blade-frozen": System(blade_frozen, FusedLoras),
-    "blade-traced": System(blade_traced, FusedLoras),
+    "blade-loader": _blade(LoraLoaders),  # LoRAs by stock's nodes
+    "blade": _blade(),
+    # Without CUDA graphs: every kernel is launched from Python.
+    "blade-uncaptured": _blade(capture=False),
+    "blade-frozen": _blade(freeze_weights=True),
+    # The traced graphs run by torch itself: what tracing and channels-last alone change.
+    "blade-traced": _blade(backend="eager"),
+    # Without the kernels of Blade's own in the graphs, and with one of them.
+    "blade-no-kernels": _blade(kernels=()),
+    "blade-group-norm": _blade(kernels=("group_norm",)),
+    "blade-short-attention": _blade(kernels=("short_attention",)),
 }
 
 

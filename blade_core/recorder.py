@@ -132,6 +132,32 @@ class CudaRecorder:
             torch._C._cuda_releasePool(index, self._pool)
 
 
+class Aside:
+    """A second stream within a recording: what is done inside goes on beside what comes after,
+    until `join`. Whatever is allocated inside must be given back inside, too."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._main = torch.cuda.current_stream(device)
+        self._side = torch.cuda.Stream(device)
+        self._context: Any = None
+        self._joined = False
+
+    def __enter__(self) -> None:
+        self._side.wait_stream(self._main)
+        self._context = torch.cuda.stream(self._side)
+        self._context.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        _forget_workspaces()  # this stream's, before it is joined
+        self._context.__exit__(None, None, None)
+
+    def join(self) -> None:
+        """Let the recording go on only when that is done; once is enough."""
+        if not self._joined:
+            self._joined = True
+            self._main.wait_stream(self._side)
+
+
 _never_freed: list[BaseException] = []
 """Recordings that became invalid, with the tensors in their frames: reserved, never taken."""
 

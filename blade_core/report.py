@@ -23,6 +23,8 @@ def as_text(stats: dict[str, Any]) -> str:
         lines.append("- This model does not run through Blade Optimize Model.")
     for model in stats["models"]:
         lines += ["", *_model(model)]
+    for controlnet in stats.get("controlnets", ()):
+        lines += ["", *_model(controlnet)]
     if stats.get("loras"):
         lines += ["", *_loras(stats["loras"])]
     return "\n".join(lines)

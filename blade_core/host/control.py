@@ -57,6 +57,38 @@ class Hint(NamedTuple):
     kind: torch.Tensor | None
 
 
+class Call(NamedTuple):
+    """One call of a ControlNet: (x, features, timesteps, context, y, kind), and what else counts.
+
+    state: number of all that is baked into captures of the model.
+    """
+
+    net: OptimizedControlNet
+    model: Any
+    given: tuple[Any, ...]
+    others: dict[str, Any]
+    state: int
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in self.given if t is not None]
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        specs = [None if t is None else (t.shape, t.dtype) for t in self.given]
+        return (self.state, *specs, _kinds(self.others))
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """Equal for calls that give residuals of the same shapes and dtype."""
+        x = self.given[0]
+        channels = [convolution[0].out_channels for convolution in self.model.zero_convs]
+        return (x.shape, x.dtype, channels)
+
+    def run(self) -> Residuals:
+        return self.net(self)
+
+
 class OptimizedControlNet(OptimizedModel):
     """The model inside a ControlNet of SD1.5's or SDXL's kind, Union ControlNets too."""
 
@@ -67,7 +99,7 @@ class OptimizedControlNet(OptimizedModel):
 
     def _hold(self, model: nn.Module) -> dict[str, nn.Module]:
         self.blocks = []
-        self._forms: dict[Any, list[_Form]] = {}
+        self._forms: dict[Any, list[Form]] = {}
 
         def hold(name: str, block: nn.Module) -> Holder:
             optimized = OptimizedBlock(name, ("control", len(self.blocks)), block)
@@ -86,7 +118,7 @@ class OptimizedControlNet(OptimizedModel):
         lists = [block for name in _LISTS for block in getattr(model, name)]
         return [*lists, *(getattr(model, name) for name in _SINGLE)]
 
-    def call(
+    def prepare(
         self,
         model: nn.Module,
         args: tuple[Any, ...],
@@ -94,65 +126,72 @@ class OptimizedControlNet(OptimizedModel):
         *,
         progress: CompileProgress,
         freeze: bool,
-    ) -> Residuals:
-        """Run one call of the host's ControlNet.forward; `args` are (x, hint, timesteps, context,
-        y), and `others` what else it takes: the control_type of a Union ControlNet.
+    ) -> Call | None:
+        """Get ready for one call of the host's ControlNet.forward; None if that has to be stock.
 
-        x: (B, C, H, W). hint: (1 or B, 3, 8H, 8W), the control image.
+        args: (x, hint, timesteps, context, y); x is (B, C, H, W), hint the control image,
+        (1 or B, 3, 8H, 8W).
+        others: what else it takes, such as the control_type of a Union ControlNet.
         """
         x, hint, timesteps, context, y = args
         with self._lock:
             reason = _foreign_code(model) or _bad_kinds(model, others)
-            if reason is None:
-                run = self._ready(model, x, progress, freeze)
-            else:
+            if reason is not None:
                 self.end()
                 self._refuse(reason)
-                run = None
-            if run is None:
-                stock: Residuals = model(*args, **others)
-                return stock
+                return None
+            if self._ready(model, x, progress, freeze) is None:
+                return None
             seen = self._see(model, hint, others, x.dtype)
-            given = (x, seen.features, timesteps, context, y, seen.kind)
-            if self._replayer is None or not self._pool.usable(x.device):
+            return Call(
+                self,
+                model,
+                (x, seen.features, timesteps, context, y, seen.kind),
+                others,
+                self._state,
+            )
+
+    @property
+    def captures(self) -> bool:
+        """Whether calls of this run can be captured at all."""
+        return self._replayer is not None
+
+    def __call__(self, call: Call) -> Residuals:
+        """Run a call that was prepared."""
+        with self._lock:
+            run = self._run
+            assert run is not None
+            if self._replayer is None or not self._pool.usable(call.given[0].device):
                 run.pieces = None
-                return self._launch(model, given, others)
-            return self._capture(model, given, others)
+                return self._launch(call, call.given)
+            packed = self._as_one(call.signature, call.tensors, None, partial(self.packed, call))
+            if packed is None:
+                return self._launch(call, call.given)
+            return unpack(packed, self.forms(call))
 
-    def _capture(
-        self, model: nn.Module, given: tuple[torch.Tensor | None, ...], others: dict[str, Any]
-    ) -> Residuals:
-        signature = (
-            *[None if t is None else (t.shape, t.dtype) for t in given],
-            _kinds(others),
-        )
+    def packed(
+        self, call: Call, tensors: Sequence[torch.Tensor], forms: list[Form] | None = None
+    ) -> torch.Tensor:
+        """Run `call` over other tensors, launch by launch; its residuals as one tensor, laid out
+        as others of the same shapes are if their `forms` are given."""
+        rest = iter(tensors)
+        residuals = self._launch(call, [None if t is None else next(rest) for t in call.given])
+        self._forms[call.signature] = _forms(residuals)
+        return _pack(residuals, forms or self._forms[call.signature])
 
-        def work(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-            rest = iter(tensors)
-            arguments = tuple([None if t is None else next(rest) for t in given])
-            residuals = self._launch(model, arguments, others)
-            self._forms[signature] = _forms(residuals)
-            return _pack(residuals)
+    def forms(self, call: Call) -> list[Form]:
+        """What is in the packed residuals of such calls, once there was one."""
+        return self._forms[call.signature]
 
-        tensors = [t for t in given if t is not None]
-        packed = self._as_one(signature, tensors, self._outside, work)
-        if packed is None:
-            return self._launch(model, given, others)
-        return _unpack(packed, self._forms[signature])
-
-    def _launch(
-        self, model: nn.Module, given: tuple[torch.Tensor | None, ...], others: dict[str, Any]
-    ) -> Residuals:
-        """Let the host run the call over the holders; `given` has the image's features in the
-        place of the image."""
+    def _launch(self, call: Call, given: Sequence[torch.Tensor | None]) -> Residuals:
+        """Let the host run the call over the holders, with the image's features for the image."""
         x, features, timesteps, context, y, kind = given
-        assert features is not None
         stand_ins = self._holders | {"input_hint_block": Holder(lambda *_: features)}
         if kind is not None:
             stand_ins["control_add_embedding"] = Holder(lambda *_: kind)
-        with _swapped(model, stand_ins, {"union_controlnet_merge": lambda *_: features}):
+        with _swapped(call.model, stand_ins, {"union_controlnet_merge": lambda *_: features}):
             try:
-                residuals: Residuals = model(x, features, timesteps, context, y, **others)
+                residuals: Residuals = call.model(x, features, timesteps, context, y, **call.others)
                 return residuals
             finally:
                 self._projections.end_call()
@@ -195,29 +234,32 @@ class OptimizedControlNet(OptimizedModel):
             super().end()
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
+    """One residual among packed ones."""
+
     name: str
     shape: torch.Size
     channels_last: bool
 
 
-def _forms(residuals: Residuals) -> list[_Form]:
+def _forms(residuals: Residuals) -> list[Form]:
     return [
-        _Form(name, t.shape, not t.is_contiguous()) for name in residuals for t in residuals[name]
+        Form(name, t.shape, not t.is_contiguous()) for name in residuals for t in residuals[name]
     ]
 
 
-def _pack(residuals: Residuals) -> torch.Tensor:
+def _pack(residuals: Residuals, forms: list[Form]) -> torch.Tensor:
     """All residuals one behind the other, as they lie in memory: a capture has one result."""
+    tensors = [t for name in residuals for t in residuals[name]]
     flat = [
-        (t if t.is_contiguous() else t.permute(0, 2, 3, 1)).reshape(-1)
-        for tensors in residuals.values()
-        for t in tensors
+        (t.permute(0, 2, 3, 1) if form.channels_last else t).reshape(-1)
+        for t, form in zip(tensors, forms, strict=True)
     ]
     return torch.cat(flat)
 
 
-def _unpack(packed: torch.Tensor, forms: list[_Form]) -> Residuals:
+def unpack(packed: torch.Tensor, forms: list[Form]) -> Residuals:
+    """Residuals as views of the one tensor that holds them."""
     residuals: Residuals = {}
     parts = packed.split([form.shape.numel() for form in forms])
     for form, part in zip(forms, parts, strict=True):

@@ -15,12 +15,13 @@ import comfy.model_management
 import comfy.ops
 import torch
 from comfy.cldm.cldm import ControlNet as ControlModel
-from comfy.controlnet import ControlBase, ControlLora, ControlNet
+from comfy.controlnet import ControlBase, ControlLora
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..config import OptimizeConfig
 from ..errors import ControlNetError
+from .compiled_control import CompiledControlNet
 from .control_proxy import Proxy, check_fits
 
 _HINT = "input_hint_block.0.weight"
@@ -120,10 +121,9 @@ _sums: weakref.WeakKeyDictionary[ControlLora, Sum] = weakref.WeakKeyDictionary()
 """The sum for each ControlLora that is loaded, by the object that its loader gave."""
 
 
-class FusedControlLora(ControlLora):
+class FusedControlLora(CompiledControlNet, ControlLora):
     """The host's ControlLora over the sum."""
 
-    control_model: Proxy | None
     _sum: Sum
     _config: OptimizeConfig
     _node_id: str | None
@@ -152,19 +152,12 @@ class FusedControlLora(ControlLora):
         return int(self.control_weights[_HINT].shape[1])
 
     def copy(self) -> FusedControlLora:
-        return self._take(super().copy(), self._sum, self._config, self._node_id)
+        return self._take(ControlLora.copy(self), self._sum, self._config, self._node_id)
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
-        ControlNet.pre_run(self, model, percent_to_timestep_function)
         self.manual_cast_dtype = model.manual_cast_dtype
         self.control_model = Proxy(self._sum.model(model), self._config, self._node_id)
-        self.control_model.begin_run(model)
-
-    def cleanup(self) -> None:
-        if self.control_model is not None:
-            self.control_model.state.end()
-        self.control_model = None
-        ControlNet.cleanup(self)
+        super().pre_run(model, percent_to_timestep_function)
 
     def get_models(self) -> list[Any]:
         models: list[Any] = ControlBase.get_models(self)

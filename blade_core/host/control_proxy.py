@@ -13,7 +13,8 @@ from torch import nn
 from ..config import OptimizeConfig
 from ..errors import ControlNetError
 from . import model as host
-from .control import OptimizedControlNet, Residuals
+from .control import OptimizedControlNet
+from .late import LateResiduals
 from .progress import CompileProgress
 
 
@@ -35,15 +36,17 @@ class Proxy:
         context: torch.Tensor,
         y: torch.Tensor | None = None,
         **others: Any,
-    ) -> Residuals:
-        """The host's ControlNet.forward."""
-        return self.state.call(
+    ) -> Any:
+        """The host's ControlNet.forward, done when somebody looks at the result."""
+        args = (x, hint, timesteps, context, y)
+        call = self.state.prepare(
             self._model,
-            (x, hint, timesteps, context, y),
+            args,
             others,
             progress=CompileProgress(self._node_id),
             freeze=self._config.freeze_weights,
         )
+        return self._model(*args, **others) if call is None else LateResiduals(call)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

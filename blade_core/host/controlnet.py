@@ -19,6 +19,7 @@ from ..config import OptimizeConfig
 from ..errors import ControlNetError
 from ..log import logger
 from . import model as host
+from .compiled_control import CompiledControlNet, compiled
 from .control_lora import FusedControlLora
 from .control_proxy import Proxy
 from .dynamic import non_dynamic_control_model
@@ -26,29 +27,6 @@ from .progress import say
 
 Conditioning = list[list[Any]]
 """The host's CONDITIONING: [[prompt, options], ...]."""
-
-
-class CompiledControlNet(ControlNet):
-    """The host's ControlNet over a Proxy."""
-
-    control_model: Proxy
-
-    def copy(self) -> CompiledControlNet:
-        return _compiled(super().copy())
-
-    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
-        self.control_model.begin_run(model)
-        super().pre_run(model, percent_to_timestep_function)
-
-    def cleanup(self) -> None:
-        self.control_model.state.end()
-        super().cleanup()
-
-
-def _compiled(control: Any) -> CompiledControlNet:
-    control.__class__ = CompiledControlNet  # the host's copy() makes its own class
-    compiled: CompiledControlNet = control
-    return compiled
 
 
 def optimize_controlnet(
@@ -69,11 +47,11 @@ def optimize_controlnet(
         host.session().engine.backends(config, comfy.model_management.get_torch_device())
     if isinstance(control, ControlLora):
         return FusedControlLora.of(control, config, node_id)
-    compiled = control.copy()
     model, patcher = non_dynamic_control_model(control)
-    compiled.control_model = Proxy(model, config, node_id)
-    compiled.control_model_wrapped = patcher
-    return _compiled(compiled)
+    result = compiled(control.copy())
+    result.control_model = Proxy(model, config, node_id)
+    result.control_model_wrapped = patcher
+    return result
 
 
 def _why_not(control: Any) -> str | None:
@@ -140,9 +118,9 @@ def _form(image: Any) -> str:
 
 def _hint_channels(control: Any) -> int | None:
     """How many channels `control` takes, where Blade knows its kind."""
+    if isinstance(control, FusedControlLora):
+        return control.hint_channels
     if isinstance(control, CompiledControlNet):
         channels: int = control.control_model.input_hint_block[0].in_channels
         return channels
-    if isinstance(control, FusedControlLora):
-        return control.hint_channels
     return None

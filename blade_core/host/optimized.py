@@ -6,6 +6,7 @@ the host calls them; all else is the same for both.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
@@ -35,6 +36,10 @@ _REBUILD = (
 )
 
 
+_states = itertools.count(1)
+"""Numbers for all that is baked into captures of a model: no two are ever the same."""
+
+
 class OptimizedModel:
     """What Blade knows of one model under one configuration. Holds no reference to the model."""
 
@@ -59,6 +64,7 @@ class OptimizedModel:
         self._pool = CapturePool(budget)
         self._projections = Projections()
         self._captured_with: tuple[Any, ...] = ()
+        self._state = 0
         self._guard: object | None = None
         self._replayer: Replayer | None = None
         self._outside: str | None = None
@@ -83,27 +89,37 @@ class OptimizedModel:
         tensors: Sequence[torch.Tensor],
         reason: str | None,
         work: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+        within: Sequence[OptimizedModel] = (),
     ) -> torch.Tensor | None:
         """Replay a call as one capture, or record it; None if that cannot be: it has to be
         launched then, and its blocks may be captured one by one.
 
         reason: why it cannot be, if that is known.
         work: runs the call over such tensors, launch by launch.
+        within: other models that `work` runs, whose runs are under way.
         """
-        run, replayer = self._run, self._replayer
-        assert run is not None and replayer is not None
+        replayer, models = self._replayer, (self, *within)
+        runs = [model._run for model in models if model._run is not None]
+        assert replayer is not None and len(runs) == len(models)
+        reason = reason or next((m._outside for m in models if m._outside is not None), None)
         if reason is not None or replayer.never(signature):
-            run.pieces = replayer
+            runs[0].pieces = replayer
             if reason is not None:
                 replayer.reasons.add(reason)
             return None
-        run.pieces = run.cut = None
-        run.checkpoint()  # a replay passes none of the places where the host looks for a cancel
+        for run in runs:
+            run.pieces = run.cut = None
+        runs[0].checkpoint()  # a replay passes none of the places where the host looks for one
         result = replayer.replay(signature, tensors)
         if result is not None:
-            self._replays += 1
+            for model in models:
+                model._replays += 1
             return result
-        captured = Work(work, lambda: run.cut, self._graphs_in_use)
+        captured = Work(
+            work,
+            lambda: next((run.cut for run in runs if run.cut is not None), None),
+            lambda: [model._graphs_in_use() for model in models],
+        )
         return replayer(signature, captured, tensors)
 
     def end(self) -> None:
@@ -187,7 +203,7 @@ class OptimizedModel:
         outer = outer_modules(model, self.inside)
         self._watch.start(slots + parameter_slots(outer))
         self._replays = 0
-        self._replayer = None
+        self._replayer = self._outside = None
         self._projections.begin([p for block in self.blocks for p in block.projections()])
         if self.config.capture and self._pool.usable(x.device):
             self._outside = not_capturable(outer, x.device)
@@ -216,6 +232,7 @@ class OptimizedModel:
             self._watch.addresses,
         )
         if baked != self._captured_with:
+            self._state = next(_states)
             _drop(self._pool, self._projections)
             self._captured_with = baked
             pool, projections = self._pool, self._projections

@@ -19,6 +19,7 @@ from ..capture import CaptureBudget
 from ..config import OptimizeConfig
 from ..engine import Engine
 from .block import OptimizedBlock
+from .late import LateControl
 from .optimized import OptimizedModel
 from .patches import UNPATCHED, Patched, read_patches
 from .progress import CompileProgress
@@ -46,6 +47,7 @@ class OptimizedUNet(OptimizedModel):
     ) -> None:
         super().__init__(unet, engine, budget, config)
         self._patched: Patched = UNPATCHED
+        self._join: Callable[[], None] = _nothing
 
     def _hold(self, model: nn.Module) -> dict[str, nn.Module]:
         self.blocks = []
@@ -96,18 +98,24 @@ class OptimizedUNet(OptimizedModel):
     def _capture(
         self, executor: Any, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        call = read_call(args)
+        late = args[4] if isinstance(args[4], LateControl) and args[4].untouched else None
+        call = read_call(args if late is None else (*args[:4], None))
+        reason = foreign_code(executor, kwargs, self._patched)
         if call is None:
-            reason: str | None = "its arguments have an unknown form"
-            call = Call([], ())
-        else:
-            reason = self._outside or foreign_code(executor, kwargs, self._patched)
+            reason, call = "its arguments have an unknown form", Call([], ())
+        signature, tensors, count = call.signature, call.tensors, len(call.tensors)
+        if late is not None:
+            signature, tensors = (*signature, late.signature), [*tensors, *late.tensors]
 
         def work(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            *plain, control = call.arguments(tensors[:count])
+            if late is not None:
+                control, self._join = late.launch(tensors[count:])
             # What the host keeps for its patches, which this call has none of, stays outside.
-            return self._launch(executor, unet, (*call.arguments(tensors), {}), {})
+            return self._launch(executor, unet, (*plain, control, {}), {})
 
-        result = self._as_one(call.signature, call.tensors, reason, work)
+        within = () if late is None else late.models
+        result = self._as_one(signature, tensors, reason, work, within)
         return self._launch(executor, unet, args, kwargs) if result is None else result
 
     def _launch(
@@ -127,6 +135,8 @@ class OptimizedUNet(OptimizedModel):
             return executor(*args[:5], {**options, "patches": patches}, **kwargs)
         finally:
             modules.update(stock)
+            self._join()
+            self._join = _nothing
             self._projections.end_call()
             self._progress.finish()
 
@@ -144,4 +154,10 @@ class OptimizedUNet(OptimizedModel):
         # num_video_frames, image_only_indicator).
         assert self._run is not None
         block: OptimizedBlock = holder.optimized  # type: ignore[assignment]
+        if block.block_id[0] != "input":
+            self._join()  # from here on the host adds what ControlNets gave
         return block(h, emb, context, options, output_shape, video, self._run, self._patched)
+
+
+def _nothing() -> None:
+    """There is no second stream to wait for."""

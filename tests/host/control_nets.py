@@ -1,5 +1,7 @@
-"""Tiny real ControlNets of random weights: plain, Union, ControlLora, and a T2I-Adapter."""
+"""Tiny real ControlNets of random weights, of every kind, and stock's way with them."""
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import comfy.cldm.cldm
@@ -7,12 +9,19 @@ import comfy.controlnet
 import comfy.ops
 import comfy.t2i_adapter.adapter
 import torch
-from blade_tests.host.tiny import DEVICE
+from blade_tests.host.tiny import DEVICE, SD15, conditioning, relative_rms, sample
 
 from blade.blade_core.config import OptimizeConfig
-from blade.blade_core.host.controlnet import apply_controlnet, optimize_controlnet
+from blade.blade_core.host.model import optimize_model
+from blade.nodes.controlnet_apply import BladeControlNetApply
 
+HOST_NODES: Any = importlib.import_module("nodes")  # the checkout has another folder `nodes`
+BOUND = 1e-4
 EAGER = OptimizeConfig(backend="eager", on_failure="error")
+DEEP = SD15 | {"num_res_blocks": [2, 2], "transformer_depth": [1] * 4}
+DEEP |= {"transformer_depth_output": [1] * 6}  # a T2I-Adapter counts on two blocks a level
+Prompts = dict[str, Any]
+"""The keywords positive and negative of `sample`."""
 
 _NOT_OURS = ("use_temporal_attention", "out_channels", "transformer_depth_output")
 
@@ -78,20 +87,76 @@ def image(seed: int = 0, size: tuple[int, int] = (128, 128), batch: int = 1) -> 
     return torch.rand(batch, *size, 3, generator=torch.Generator().manual_seed(seed))
 
 
+def prompts(tokens: int = 77, others: int = 77) -> Prompts:
+    return {"positive": conditioning(tokens, seed=1), "negative": conditioning(others, seed=2)}
+
+
 def applied(
     control: Any,
     positive: Any,
     negative: Any,
     *,
     config: OptimizeConfig | None = EAGER,
-    hint: torch.Tensor | None = None,
+    hint: Any = None,
     strength: float = 1.0,
     start: float = 0.0,
     end: float = 1.0,
-) -> dict[str, Any]:
-    """Both prompts with `control`: through Blade under `config`, or as stock without."""
-    if config is not None:
-        control = optimize_controlnet(control, config)
+) -> Prompts:
+    """Both prompts with `control`: by Blade's node under `config`, or by the host's own."""
     hint = image() if hint is None else hint
-    prompts = apply_controlnet(positive, negative, control, hint, strength, start, end)
-    return dict(zip(("positive", "negative"), prompts, strict=True))
+    arguments = (positive, negative, control, hint, strength, start, end)
+    if config is None:
+        both = HOST_NODES.ControlNetApplyAdvanced().apply_controlnet(*arguments)
+    else:
+        dials = (config.backend, config.freeze_weights, config.on_failure)
+        both = BladeControlNetApply().apply(*arguments, None, *dials)
+    return dict(zip(("positive", "negative"), both, strict=True))
+
+
+def assert_as_stock(
+    model: Any,
+    apply: Callable[[OptimizeConfig | None], Prompts],
+    *incoming: Any,
+    bound: float = BOUND,
+    **options: Any,
+) -> torch.Tensor:
+    """Blade gives stock's image, whether the UNet is optimized or not; return that image.
+
+    apply: the prompts, by Blade under a configuration or as stock under None.
+    incoming: the CONTROL_NETs in them, which have to stay as they were.
+    """
+    before = [state_of(control) for control in incoming]
+    expected = sample(model, **apply(None), **options)
+    for each in (model, optimize_model(model, EAGER)):
+        actual = sample(each, **apply(EAGER), **options)
+        assert relative_rms(actual, expected) <= bound
+        assert torch.equal(sample(model, **apply(None), **options), expected)
+    for control, state in zip(incoming, before, strict=True):
+        assert changes(state, state_of(control)) == []
+    return expected
+
+
+def state_of(control: Any) -> dict[tuple[str, Any], Any]:
+    """What a CONTROL_NET holds, by attribute and place in it, and how its weights lie."""
+    found: dict[tuple[str, Any], Any] = {}
+    for name, value in vars(control).items():
+        places = enumerate(value) if isinstance(value, list) else [("", value)]
+        found |= {(name, k): v for k, v in (value.items() if isinstance(value, dict) else places)}
+    model = getattr(control, "control_model", None)
+    if model is not None:
+        found |= {("module", name): child for name, child in model.named_modules()}
+        found |= {
+            ("weight", name): (weight.data_ptr(), weight.stride())
+            for name, weight in model.named_parameters()
+        }
+    return found
+
+
+def changes(before: dict[tuple[str, Any], Any], now: dict[tuple[str, Any], Any]) -> list[Any]:
+    """Where two states of a CONTROL_NET differ."""
+
+    def same(key: tuple[str, Any]) -> bool:
+        one, other = before.get(key, before), now.get(key, now)
+        return one is other or (not isinstance(one, torch.Tensor) and one == other)
+
+    return [key for key in before | now if not same(key)]

@@ -1,0 +1,92 @@
+"""The host's ControlNet over a proxy: begin and end of its runs, and residuals that come late."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.controlnet import ControlNet, StrengthType
+from comfy.patcher_extension import WrappersMP
+
+from .control_proxy import Proxy
+from .late import LateControl, LateResiduals
+
+_ALWAYS = (0.0, 1.0)
+
+
+class CompiledControlNet(ControlNet):
+    """The host's ControlNet over a Proxy."""
+
+    control_model: Proxy | Any
+    _strength: torch.Tensor | None = None
+    _of_blade = False
+    """Whether the UNet of this step runs through Blade."""
+
+    def copy(self) -> CompiledControlNet:
+        return compiled(ControlNet.copy(self))
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        self.control_model.begin_run(model)
+        ControlNet.pre_run(self, model, percent_to_timestep_function)
+        if tuple(self.timestep_percent_range) == _ALWAYS:
+            # The host would ask the GPU for the timestep in every step, and wait for it.
+            self.timestep_range = None
+
+    def cleanup(self) -> None:
+        if self.control_model is not None:
+            self.control_model.state.end()
+        self._strength = None
+        ControlNet.cleanup(self)
+
+    def get_control(
+        self,
+        x_noisy: torch.Tensor,
+        t: torch.Tensor,
+        cond: Any,
+        batched_number: int,
+        transformer_options: dict[str, Any],
+    ) -> Any:
+        wrappers = transformer_options.get("wrappers", {})
+        self._of_blade = "blade" in wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
+        return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
+
+    def control_merge(self, control: Any, control_prev: Any, output_dtype: Any) -> Any:
+        """The host's, or later: see late.py."""
+        links = _links(control_prev)
+        if (
+            links is not None
+            and output_dtype is None
+            and self._may_be_late(control)
+            and all(call.shapes == control.call.shapes for _, call, _ in links)
+        ):
+            link = (self, control.call, self._strength_on(control.call.given[0].device))
+            return LateControl([*links, link])
+        return super().control_merge(control, control_prev, output_dtype)
+
+    def _may_be_late(self, control: Any) -> bool:
+        return (
+            self._of_blade
+            and isinstance(control, LateResiduals)
+            and control.call.net.captures
+            and not self.global_average_pooling
+            and self.strength_type == StrengthType.CONSTANT
+        )
+
+    def _strength_on(self, device: torch.device) -> torch.Tensor:
+        if self._strength is None:
+            self._strength = torch.tensor(self.strength, dtype=torch.float32, device=device)
+        return self._strength
+
+
+def _links(previous: Any) -> tuple[Any, ...] | None:
+    """What comes before in a chain, if all of that comes late."""
+    if previous is None:
+        return ()
+    return previous.links if isinstance(previous, LateControl) and previous.untouched else None
+
+
+def compiled(control: Any) -> CompiledControlNet:
+    """`control`, a copy that the host made, as a CompiledControlNet."""
+    control.__class__ = CompiledControlNet  # the host's copy() makes its own class
+    result: CompiledControlNet = control
+    return result

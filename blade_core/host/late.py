@@ -1,0 +1,120 @@
+"""Residuals that are computed late: by the UNet's capture, beside its encoder, where that can be.
+
+The host asks ControlNets for their residuals before it calls the UNet, which needs them only
+after its encoder. So what it gets is a mapping that is computed when somebody looks into it.
+If the first to see it is Blade's UNet, the ControlNets become part of the UNet's one capture, on
+a second stream; for everybody else it is as if it had been there all the time.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import UserDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from comfy.controlnet import ControlNet
+
+from ..recorder import Aside
+from .control import Call, Residuals, unpack
+
+
+class Late(UserDict[str, list[Any]]):
+    """A mapping that is computed when somebody looks into it."""
+
+    _computed: Residuals | None = None
+
+    def __init__(self) -> None:
+        """Nothing is there yet: UserDict's own would put an empty dict into `data`."""
+
+    @property
+    def data(self) -> Residuals:  # type: ignore[override]
+        if self._computed is None:
+            self._computed = self.compute()
+        return self._computed
+
+    def copy(self) -> Residuals:  # type: ignore[override]
+        return dict(self.data)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has looked into it."""
+        return self._computed is None
+
+    @abstractmethod
+    def compute(self) -> Residuals: ...
+
+
+class LateResiduals(Late):
+    """What one call of a ControlNet gives."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def compute(self) -> Residuals:
+        return self.call.run()
+
+
+class LateControl(Late):
+    """The sum of the residuals of a chain of ControlNets, each times its strength.
+
+    links: for each its control object, its call, and its strength as a tensor of one element,
+    so that another strength is another value and no other capture.
+    """
+
+    def __init__(self, links: Sequence[tuple[ControlNet, Call, torch.Tensor]]) -> None:
+        self.links = tuple(links)
+
+    def compute(self) -> Residuals:
+        total = None
+        for control, call, _ in self.links:
+            total = ControlNet.control_merge(control, call.run(), total, None)
+        assert total is not None
+        result: Residuals = total
+        return result
+
+    @property
+    def models(self) -> list[Any]:
+        return list(dict.fromkeys(call.net for _, call, _ in self.links))
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for _, call, strength in self.links for t in (*call.tensors, strength)]
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        return tuple([call.signature for _, call, _ in self.links])
+
+    def launch(self, tensors: Sequence[torch.Tensor]) -> tuple[Residuals, Callable[[], None]]:
+        """Compute it over such tensors, launch by launch, in a recording on a stream of its own.
+
+        The residuals may be read once the function that comes with them was called.
+        """
+        first = self.links[0][1]
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            total = self._sum(tensors)
+            return unpack(total, first.net.forms(first)), _nothing
+        forms = first.net.forms(first)
+        size = sum(form.shape.numel() for form in forms)
+        # From this stream, where it will be read and freed.
+        total = tensors[0].new_empty(size)
+        aside = Aside(total.device)
+        with aside:
+            total.copy_(self._sum(tensors))
+        return unpack(total, forms), aside.join
+
+    def _sum(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        total, forms, start = None, None, 0
+        for _, call, _ in self.links:
+            stop = start + len(call.tensors)
+            packed = call.net.packed(call, tensors[start:stop], forms)
+            packed *= tensors[stop]  # as the host does, and then adds
+            total = packed if total is None else total.add_(packed)
+            forms, start = forms or call.net.forms(call), stop + 1
+        assert total is not None
+        return total
+
+
+def _nothing() -> None:
+    """There is no second stream to wait for."""
