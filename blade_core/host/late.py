@@ -87,33 +87,47 @@ class LateControl(Late):
         return tuple([call.signature for _, call, _ in self.links])
 
     def launch(self, tensors: Sequence[torch.Tensor]) -> tuple[Residuals, Callable[[], None]]:
-        """Compute it over such tensors, launch by launch, in a recording on a stream of its own.
+        """Compute it over such tensors, launch by launch; in a recording each model on a
+        stream of its own, beside what comes after.
 
         The residuals may be read once the function that comes with them was called.
         """
-        first = self.links[0][1]
+        parts = self._parts(tensors)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            total = self._sum(tensors)
-            return unpack(total, first.net.forms(first)), _nothing
-        forms = first.net.forms(first)
+            total, forms = None, None
+            for call, given, strength in parts:
+                one = call.net.packed(call, given, forms).mul_(strength)
+                total = one if total is None else total.add_(one)  # as the host does
+                forms = forms or call.net.forms(call)
+            assert total is not None and forms is not None
+            return unpack(total, forms), _nothing
+        forms = parts[0][0].net.forms(parts[0][0])
         size = sum(form.shape.numel() for form in forms)
-        # From this stream, where it will be read and freed.
-        total = tensors[0].new_empty(size)
-        aside = Aside(total.device)
-        with aside:
-            total.copy_(self._sum(tensors))
-        return unpack(total, forms), aside.join
+        # From this stream, where they will be read and freed.
+        total, *others = (tensors[0].new_empty(size) for _ in parts)
+        # A model that comes twice is one stream: what it keeps between its kernels is there once.
+        aside = {call.net: Aside(total.device) for call, *_ in parts}
+        for (call, given, strength), one in zip(parts, (total, *others), strict=True):
+            with aside[call.net]:
+                torch.mul(call.net.packed(call, given, forms), strength, out=one)
 
-    def _sum(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        total, forms, start = None, None, 0
+        def join() -> None:
+            while aside:
+                aside.popitem()[1].join()
+            while others:
+                total.add_(others.pop(0))
+
+        return unpack(total, forms), join
+
+    def _parts(
+        self, tensors: Sequence[torch.Tensor]
+    ) -> list[tuple[Call, Sequence[torch.Tensor], torch.Tensor]]:
+        parts, start = [], 0
         for _, call, _ in self.links:
             stop = start + len(call.tensors)
-            packed = call.net.packed(call, tensors[start:stop], forms)
-            packed *= tensors[stop]  # as the host does, and then adds
-            total = packed if total is None else total.add_(packed)
-            forms, start = forms or call.net.forms(call), stop + 1
-        assert total is not None
-        return total
+            parts.append((call, tensors[start:stop], tensors[stop]))
+            start = stop + 1
+        return parts
 
 
 def _nothing() -> None:
