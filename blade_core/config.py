@@ -10,6 +10,7 @@ from .errors import InvalidChoice
 BACKENDS = ("auto", "torch_blade", "inductor", "eager")
 ON_FAILURE = ("fallback", "error")
 FROZEN_CHANGE = ("rebuild", "refuse")
+KERNELS = ("group_norm", "short_attention")
 
 FORMAT_VERSION = 1
 """Counts changes of the pack that make graphs of older versions wrong."""
@@ -24,6 +25,7 @@ class OptimizeConfig:
     on_failure: `fallback` runs what cannot be compiled as stock ComfyUI would; `error` raises.
     frozen_change: when frozen weights change, `rebuild` compiles again and `refuse` raises.
     capture: replay a step as one CUDA graph where it can be; off for measuring what that gives.
+    kernels: which of Blade's own kernels Inductor's graphs may hold; fewer for the same reason.
 
     Raises:
         InvalidChoice: a value is not one of those listed above.
@@ -34,11 +36,14 @@ class OptimizeConfig:
     on_failure: str = "fallback"
     frozen_change: str = "rebuild"
     capture: bool = True
+    kernels: tuple[str, ...] = KERNELS
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, BACKENDS)
         check_choice("on_failure", self.on_failure, ON_FAILURE)
         check_choice("frozen_change", self.frozen_change, FROZEN_CHANGE)
+        for kernel in self.kernels:
+            check_choice("kernels", kernel, KERNELS)
 
     @property
     def strict(self) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from .backends import BACKENDS, Backend
+from .backends.inductor import InductorBackend
 from .cache import WAIT_SECONDS, GraphCache
 from .config import OptimizeConfig, graph_cache_bytes
 from .counters import Counters
@@ -67,7 +69,7 @@ class Engine:
         elif config.backend in _ORDER and not config.strict:
             names = _ORDER[_ORDER.index(config.backend) :]
         reasons = {name: BACKENDS[name].available(device) for name in names}
-        usable = tuple(BACKENDS[name] for name in names if reasons[name] is None)
+        usable = tuple(_chosen(name, config) for name in names if reasons[name] is None)
         why_not = {name: reason for name, reason in reasons.items() if reason is not None}
         if not usable:
             raise BackendUnavailable(_cannot(config.backend, why_not))
@@ -128,6 +130,13 @@ class Engine:
         self.counters.add_compile_seconds(seconds)
         logger.info("compiled in %.1f s: %s", seconds, request.key)
         return Graph(request.key, compiled.call, compiled.nbytes, seconds, backend.capturable)
+
+
+def _chosen(name: str, config: OptimizeConfig) -> Backend:
+    backend = BACKENDS[name]
+    if isinstance(backend, InductorBackend):
+        return replace(backend, kernels=config.kernels)
+    return backend
 
 
 def _difference(

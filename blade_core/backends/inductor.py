@@ -11,13 +11,17 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import first_line, is_cancel, is_out_of_memory
 from ..graph import Compiled, GraphFunction, GraphRequest, trace
+from ..kernels.passes import KERNELS, use_kernels
+from ..log import warn_once
 
 # For inference, one graph a unit, launched one by one, where launches cost more than kernels;
 # measured in docs/log.md.
@@ -38,9 +42,14 @@ _UNKNOWN_BYTES = 4 * 2**20
 """What a graph counts with that cannot be stored, and so cannot be measured: a typical size."""
 
 _MIN_CAPABILITY = (7, 0)  # Triton's own limit
+_KERNELS_CAPABILITY = (8, 0)  # Blade's own kernels were written for tensor cores of that age
 
 
+@dataclass(frozen=True)
 class InductorBackend:
+    """kernels: which of Blade's own kernels take the place of ATen's operators on a GPU."""
+
+    kernels: tuple[str, ...] = tuple(KERNELS)
     name = "inductor"
     channels_last = True
     capturable = True
@@ -54,23 +63,20 @@ class InductorBackend:
 
     def fingerprint(self) -> str:
         options = " ".join(f"{key}={value}" for key, value in sorted(_OPTIONS.items()))
-        return f"inductor {torch.__version__} {options}"
+        kernels = " ".join(f"{name}={KERNELS[name]}" for name in sorted(self.kernels))
+        return f"inductor {torch.__version__} {options} {kernels}"
 
     def compile(self, request: GraphRequest) -> Compiled:
         module = trace(request)
-        inputs = list(request.inputs)
-        patches = dict(_OPTIONS)
-        if request.frozen:
-            module = _fold_weights(module, request.weights)
-            patches["freezing"] = True
-        else:
-            inputs = [*request.weights, *inputs]
-        with torch.no_grad():
-            call, artifact = _compile(module, inputs, patches, storable=not request.frozen)
-        nbytes = _UNKNOWN_BYTES if artifact is None else len(artifact)
-        if request.frozen:
-            nbytes += sum(w.nbytes for w in request.weights)
-        return Compiled(_function(call, frozen=request.frozen), artifact, nbytes)
+        if not _runs_kernels(request.device) or not use_kernels(module, self.kernels):
+            return _build(module, request)
+        try:
+            return _build(module, request)
+        except Exception as error:  # whatever Triton raises where it cannot compile them
+            if is_cancel(error) or is_out_of_memory(error):
+                raise
+            warn_once(f"Blade's own kernels cannot be compiled here: {first_line(error)}")
+            return _build(trace(request), request)
 
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
         from torch._inductor import CompiledArtifact
@@ -105,6 +111,22 @@ def plain_addresses() -> Iterator[None]:
         yield
     finally:
         autotuner.run = run
+
+
+def _build(module: torch.fx.GraphModule, request: GraphRequest) -> Compiled:
+    inputs = list(request.inputs)
+    patches = dict(_OPTIONS)
+    if request.frozen:
+        module = _fold_weights(module, request.weights)
+        patches["freezing"] = True
+    else:
+        inputs = [*request.weights, *inputs]
+    with torch.no_grad():
+        call, artifact = _compile(module, inputs, patches, storable=not request.frozen)
+    nbytes = _UNKNOWN_BYTES if artifact is None else len(artifact)
+    if request.frozen:
+        nbytes += sum(w.nbytes for w in request.weights)
+    return Compiled(_function(call, frozen=request.frozen), artifact, nbytes)
 
 
 def _function(call: Callable[..., Any], *, frozen: bool) -> GraphFunction:
@@ -186,6 +208,15 @@ def _no_cpp_compiler(cxx: str | None) -> str | None:
             "(Windows: Visual Studio Build Tools), or set CXX"
         )
     return None
+
+
+@lru_cache
+def _runs_kernels(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= _KERNELS_CAPABILITY
+    )
 
 
 @lru_cache

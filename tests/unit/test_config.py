@@ -22,7 +22,14 @@ from blade.blade_core.errors import InvalidChoice
 
 def test_defaults() -> None:
     config = OptimizeConfig()
-    assert dataclasses.astuple(config) == ("auto", False, "fallback", "rebuild", True)
+    assert dataclasses.astuple(config) == (
+        "auto",
+        False,
+        "fallback",
+        "rebuild",
+        True,
+        ("group_norm", "short_attention"),
+    )
     assert not config.strict
     assert OptimizeConfig(on_failure="error").strict
 

@@ -24,7 +24,8 @@ def weights() -> Any:
     module = importlib.util.module_from_spec(spec)
     comfy: Any = ModuleType("comfy")
     comfy.ops = ModuleType("comfy.ops")
-    with mock.patch.dict(sys.modules, {"comfy": comfy, "comfy.ops": comfy.ops}):
+    there = {"comfy": comfy, "comfy.ops": comfy.ops, name: module}  # its dataclasses look it up
+    with mock.patch.dict(sys.modules, there):
         spec.loader.exec_module(module)
     return module
 

@@ -1,0 +1,141 @@
+"""Attention over few keys, such as a prompt's: all keys and values of a head on the chip at once.
+
+cuDNN's attention is made for long sequences, and in a CUDA graph each of its calls brings a
+memset that costs more than the attention over a prompt does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+VERSION = 1
+"""Counts changes of the kernel. Compiled graphs that are kept are of one version."""
+
+_MOST_KEYS = 80
+_MOST_WIDTH = 160
+_MOST_ROWS = 2**16
+"""Of all heads and images together. Beyond these, cuDNN was as fast on an H200."""
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """The eager twin, by torch's own attention.
+
+    Args:
+        q: (B, heads, L, D); k and v: (B, heads, S, D).
+
+    Returns:
+        (B, heads, L, D), a view of memory that lies as (B, L, heads, D).
+    """
+    out = functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def usable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether the kernel can take the place of the eager twin, and is faster."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.ndim == 4
+        and k.shape == v.shape == (*q.shape[:2], k.shape[2], q.shape[3])
+        and 0 < k.shape[2] <= _MOST_KEYS
+        and 16 <= q.shape[3] <= _MOST_WIDTH
+        and q.shape[0] * q.shape[1] * q.shape[2] <= _MOST_ROWS
+        and all(t.dtype == q.dtype and _readable(t) for t in (q, k, v))
+    )
+
+
+def _readable(x: torch.Tensor) -> bool:
+    """Whether rows can be read 16 bytes at a time, and places counted in 32 bits."""
+    apart = (*x.stride()[:3], x.storage_offset(), x.shape[3])
+    span = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.stride(3) == 1 and all(n % 8 == 0 for n in apart) and 0 <= span < 2**31
+
+
+def parts(number: int) -> tuple[int, int]:
+    """Two blocks, powers of 2 from 16 on or none, that cover `number` with little left over."""
+    first = max(16, 1 << (number.bit_length() - 1))
+    if first >= number:
+        return first, 0
+    second = max(16, 1 << (number - first - 1).bit_length())
+    return (2 * first, 0) if second == first else (first, second)
+
+
+def tile(rows: int, width: int) -> tuple[int, int]:
+    """Rows of a program, and its warps. Chosen from measurements on an H200.
+
+    Never 64 rows for 4 warps: these would be multiplied by other instructions (wgmma), for which
+    Triton 3.6 makes code that reads wrong memory if blocks are as small as here.
+    """
+    if width <= 80:
+        return 64, 2
+    return (32, 4) if rows >= 256 else (16, 4)
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    wrap: Callable[[Any], Any] = lambda kernel: kernel,
+) -> torch.Tensor:
+    """The same by the kernel, for `usable` tensors. `wrap` is given it before it is launched."""
+    from .short_attention_triton import attend
+
+    images, heads, rows, width = q.shape
+    keys = k.shape[2]
+    block, warps = tile(rows, width)
+    out = q.new_empty((images, rows, heads, width))
+    (keys_1, keys_2), (width_1, width_2) = parts(keys), parts(width)
+    wrap(attend)[(-(-rows // block), heads, images)](
+        q,
+        k,
+        v,
+        out,
+        FACTOR=scale * math.log2(math.e),
+        ROWS=rows,
+        KEYS=keys,
+        WIDTH=width,
+        Q_IMAGE=q.stride(0),
+        Q_HEAD=q.stride(1),
+        Q_ROW=q.stride(2),
+        K_IMAGE=k.stride(0),
+        K_HEAD=k.stride(1),
+        K_ROW=k.stride(2),
+        V_IMAGE=v.stride(0),
+        V_HEAD=v.stride(1),
+        V_ROW=v.stride(2),
+        BLOCK_R=block,
+        KEYS_1=keys_1,
+        KEYS_2=keys_2,
+        WIDTH_1=width_1,
+        WIDTH_2=width_2,
+        num_warps=warps,
+    )
+    return out.transpose(1, 2)
+
+
+@lru_cache
+def operator() -> Any:
+    """`blade::short_attention`, the kernel on CUDA and the twin elsewhere.
+
+    Inductor sees the kernel in it, so that it is launched and stored as its own are.
+    Registered where it is first needed, because torch looks for Triton then.
+    """
+    from torch.library import triton_op, wrap_triton
+
+    # The version is part of the name: compilers know a graph that they keep by its operators.
+    name = f"short_attention_{VERSION}"
+
+    @triton_op(f"blade::{name}", mutates_args=())
+    def short_attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return run(q, k, v, scale, wrap_triton) if q.is_cuda else reference(q, k, v, scale)
+
+    return getattr(torch.ops.blade, name).default
