@@ -64,7 +64,8 @@ def test_the_same_image_in_one_life(session: Session, config: dict[str, Any]) ->
     whole: dict[str, Any] = {"hint": image(1, (256, 256))}
     check(model, optimized, [(one, whole)])
     graphs = counters["graphs_compiled"]
-    assert counters["control_replays"] == 18  # launched, recorded, then replayed
+    # Launched, launched again if the first had to wait for new graphs' checks, then recorded.
+    assert counters["control_replays"] in (17, 18)
     with counters.expect(graphs_compiled=0, captures=0, hint_embeddings=1):
         check(model, optimized, [(one, {"hint": image(2, (320, 192)), "strength": 0.5})])
     with counters.expect(graphs_compiled=0, captures=1):
