@@ -23,10 +23,12 @@ def as_text(stats: dict[str, Any]) -> str:
         lines.append("- This model does not run through Blade Optimize Model.")
     for model in stats["models"]:
         lines += ["", *_model(model)]
-    for controlnet in stats.get("controlnets", ()):
-        lines += ["", *_model(controlnet)]
+    controlnets = stats.get("controlnets", ())
+    for number, controlnet in enumerate(controlnets, start=1):
+        several = f" {number} of {len(controlnets)}" if len(controlnets) > 1 else ""
+        lines += ["", *_model(controlnet | {"model": controlnet["model"] + several})]
     if stats.get("loras"):
-        lines += ["", *_loras(stats["loras"])]
+        lines += ["", "LoRAs", "", *_loras(stats["loras"])]
     return "\n".join(lines)
 
 
@@ -84,6 +86,10 @@ def _captures(model: dict[str, Any]) -> list[str]:
         lines.append(
             f"- CUDA graphs {model['captures']} ({model['capture_mib']:.0f} MiB), whole steps "
             f"replayed in the last run {model['replays']}"
+        )
+    elif model["replays"]:  # a ControlNet's
+        lines.append(
+            f"- part of the UNet's CUDA graphs, replayed in the last run {model['replays']}"
         )
     if model["not_captured"]:
         lines.append(f"- not one CUDA graph: {'; '.join(model['not_captured'])}")

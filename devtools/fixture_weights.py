@@ -168,18 +168,21 @@ def lora() -> Tensors:
     return result
 
 
-def control() -> Tensors:
-    """A ControlNet that fits the UNet of `sd15`."""
+def control(name: str) -> Tensors:
+    """A ControlNet that fits the UNet which its name begins with."""
     from comfy import ops
     from comfy.cldm.cldm import ControlNet
 
-    config = _copied(UNETS["sd15"])
+    config = _copied(UNETS[name.split("-")[0]])
     del config["out_channels"]
     with torch.device("meta"):
         net = ControlNet(
             **config, hint_channels=3, operations=ops.disable_weight_init, device="meta"
         )
-    filled = {key: fill(key, meta, "control") for key, meta in shapes(net).items()}
+    filled = {key: fill(key, meta, name) for key, meta in shapes(net).items()}
+    for key, value in filled.items():
+        if key.startswith("input_hint_block") and value.ndim == 4:
+            value *= 2  # or its eight layers would let little of the control image through
     return {f"control_model.{key}": value for key, value in filled.items()}
 
 
@@ -189,8 +192,10 @@ def main() -> None:
 
     args.cpu = True  # Before model_management is imported, which otherwise asks for a GPU.
     name, file = sys.argv[2], Path(sys.argv[3])
-    makers = {"sd15-lora": lora, "sd15-control": control}
-    tensors = makers[name]() if name in makers else checkpoint(name)
+    if name.endswith("-lora"):
+        tensors = lora()
+    else:
+        tensors = control(name) if "-control" in name else checkpoint(name)
     save_file({key: value.contiguous() for key, value in tensors.items()}, file)
 
 

@@ -20,6 +20,8 @@ _FOLDERS = {
     "sdxl-full": "checkpoints",
     "sd15-lora": "loras",
     "sd15-control": "controlnet",
+    "sd15-control-b": "controlnet",
+    "sdxl-control": "controlnet",
 }
 
 

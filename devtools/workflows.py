@@ -26,6 +26,7 @@ def load_workflow(
         "CheckpointLoaderSimple": {"ckpt_name": checkpoint},
         "EmptyLatentImage": {"width": width, "height": height, "batch_size": batch},
         "KSampler": {"steps": steps, "seed": seed},
+        "BladeControlNetApply": {"backend": backend},
         "BladeOptimizeModel": {"backend": backend},
     }
     for node in workflow.values():

@@ -95,6 +95,9 @@ class OptimizedControlNet(OptimizedModel):
     inside = (*_LISTS, *_SINGLE, *_HINT)
     counters = ("control_runs", "control_replays")
 
+    sampled_with: Callable[[], nn.Module | None] = staticmethod(lambda: None)
+    """A reference to the UNet of the last run."""
+
     _hints: tuple[Hint, ...] = ()
 
     def _hold(self, model: nn.Module) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class Proxy:
         check_fits(self._model, model)
         state = self.state
         state.end()
+        state.sampled_with = weakref.ref(model.diffusion_model)
         # Of a run that was cancelled the host tells the model's patcher, but no ControlNet.
         patcher = model.current_patcher
         if patcher is None:

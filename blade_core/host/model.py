@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -67,11 +67,20 @@ class Session:
             by_config[config] = OptimizedControlNet(model, self.engine, self.captures, config)
         return by_config[config]
 
-    def stats(self, states: Iterable[OptimizedUNet] | None = None) -> dict[str, Any]:
-        """Counters, cache and models as plain data; `states` limits the models."""
+    def stats(
+        self, unet: nn.Module | None = None, config: OptimizeConfig | None = None
+    ) -> dict[str, Any]:
+        """Counters, cache and models as plain data.
+
+        unet: only this one, under `config` if it has any, and the ControlNets that it was
+        sampled with last.
+        """
         cache = self.engine.cache
-        if states is None:
-            states = _all(self._unets)
+        if unet is None:
+            states, controlnets = _all(self._unets), _all(self._controlnets)
+        else:
+            states = [] if config is None else [self.unet(unet, config)]
+            controlnets = [c for c in _all(self._controlnets) if c.sampled_with() is unet]
         return {
             "counters": self.engine.counters.snapshot(),
             "cache": {
@@ -86,7 +95,7 @@ class Session:
                 "budget_bytes": self.loras.budget,
             },
             "models": [state.report() for state in states],
-            "controlnets": [state.report() for state in _all(self._controlnets)],
+            "controlnets": [controlnet.report() for controlnet in controlnets],
         }
 
 
@@ -204,10 +213,9 @@ def stats(model: ModelPatcher | None = None) -> dict[str, Any]:
     if model is None:
         return session().stats()
     attachment, fused = model.attachments.get(_KEY), model.attachments.get(FUSED)
-    states = []
-    if attachment is not None:
-        states = [session().unet(model.model.diffusion_model, attachment.config)]
-    return session().stats(states) | {"loras": fused.report() if fused else None}
+    config = attachment.config if attachment is not None else None
+    found = session().stats(model.model.diffusion_model, config)
+    return found | {"loras": fused.report() if fused else None}
 
 
 def _remove_blade(model: ModelPatcher) -> None:

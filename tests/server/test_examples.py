@@ -1,4 +1,4 @@
-"""The LoRA node as the server offers it, and the example workflows that use it."""
+"""The LoRA node as the server offers it, and the example workflows of LoRAs and ControlNets."""
 
 from __future__ import annotations
 
@@ -14,22 +14,33 @@ from typing import Any
 import numpy
 import pytest
 import requests
-from blade_tests.server.workflow import TOLERANCE, Runner, difference
+from blade_tests.server.workflow import (
+    CLEAR,
+    TOLERANCE,
+    Runner,
+    as_stock,
+    difference,
+    example,
+    place_control_files,
+)
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from devtools import ROOT
-from devtools.client import Workflow
 from devtools.workflows import FOLDER, load_workflow, node_id
 
 EXAMPLES = ("sd15-two-loras-blade", "sd15-lora-stack-blade")
+CONTROL_EXAMPLES = ("sd15-controlnet-blade", "sd15-controlnets-loras-blade")
 BOTH_FORMS = sorted(path.stem for path in FOLDER.parent.glob("*.json"))
 SEED = 6000
-CLEAR = 100 * TOLERANCE
-"""A change that nobody takes for rounding."""
 
 LORAS = {"blindbox_v1_mix.safetensors": 0.8, "MoXinV1.safetensors": 0.6}
 """The examples' files, with their strengths."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def controlnets(base_directory: Path, host_path: Path) -> None:
+    place_control_files(base_directory, host_path)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,41 +56,6 @@ def loras(models: dict[str, Path]) -> None:
             for key, shape in shapes.items()
         }
         save_file(tensors, models["sd15-lora"].with_name(name))
-
-
-def example(runner: Runner, name: str, seed: int) -> Workflow:
-    """An example as it ships, but for the checkpoint and what makes it long."""
-    nodes = load_workflow(
-        name,
-        checkpoint=runner.models["sd15"].name,
-        width=64,
-        height=64,
-        steps=1,
-        seed=seed,
-        backend="eager",
-    )
-    samples = [node_id(nodes, "KSampler"), 0]
-    inputs = {"samples": samples, "filename_prefix": "tests/latent"}
-    nodes["99"] = {"class_type": "SaveLatent", "inputs": inputs}
-    return nodes
-
-
-def with_stock_loaders(nodes: Workflow, rows: dict[str, float]) -> Workflow:
-    """A workflow with a chain of stock LoRA loaders in the place of all Blade nodes."""
-    nodes = deepcopy({i: node for i, node in nodes.items() if "Blade" not in node["class_type"]})
-    checkpoint = node_id(nodes, "CheckpointLoaderSimple")
-    model, clip = [checkpoint, 0], [checkpoint, 1]
-    for number, (name, strength) in enumerate(rows.items(), 100):
-        inputs: dict[str, Any] = {"model": model, "clip": clip, "lora_name": name}
-        inputs |= {"strength_model": strength, "strength_clip": strength}
-        nodes[str(number)] = {"class_type": "LoraLoader", "inputs": inputs}
-        model, clip = [str(number), 0], [str(number), 1]
-    for node in nodes.values():
-        if node["class_type"] == "KSampler":
-            node["inputs"]["model"] = model
-        elif node["class_type"] == "CLIPTextEncode":
-            node["inputs"]["clip"] = clip
-    return nodes
 
 
 def widgets(definition: dict[str, Any]) -> dict[str, Any]:
@@ -155,9 +131,9 @@ def test_both_forms_of_an_example_say_the_same(runner: Runner, name: str) -> Non
 def expected(runner: Runner) -> numpy.ndarray:
     """The latent of stock loaders, in which both LoRAs tell."""
     nodes = example(runner, EXAMPLES[0], SEED)
-    latent = runner.ok(with_stock_loaders(nodes, LORAS)).latent
+    latent = runner.ok(as_stock(nodes, LORAS)).latent
     for name, strength in LORAS.items():
-        alone = runner.ok(with_stock_loaders(nodes, {name: strength})).latent
+        alone = runner.ok(as_stock(nodes, {name: strength})).latent
         assert difference(alone, latent) > CLEAR
     return latent
 
@@ -171,6 +147,26 @@ def test_example_gives_what_stock_loaders_give(
     assert run.counted["blocks_eager"] == 0
     report = run.text("BladeReport")
     assert [name for name in LORAS if f"LoRA {name} " in report] == list(LORAS)
+
+
+@pytest.mark.parametrize("name", CONTROL_EXAMPLES)
+def test_example_gives_what_stock_controlnets_give(runner: Runner, name: str) -> None:
+    nodes = example(runner, name, SEED + 2)
+    loras = LORAS if "loras" in name else {}
+    stock = as_stock(nodes, loras)
+    expected = runner.ok(stock).latent
+    applied = [id for id, node in stock.items() if node["class_type"] == "ControlNetApplyAdvanced"]
+    for id in applied:
+        without = deepcopy(stock)
+        without[id]["inputs"]["strength"] = 0.0
+        assert difference(runner.ok(without).latent, expected) > CLEAR
+    run = runner.ok(nodes)
+    assert difference(run.latent, expected) <= TOLERANCE
+    assert run.counted["blocks_eager"] == 0
+    assert run.counted["control_runs"] == run.counted["hint_embeddings"] == len(applied)
+    report = run.text("BladeReport")
+    assert report.count("ControlNet (backend eager") >= len(applied)
+    assert [name for name in loras if f"LoRA {name} " in report] == list(loras)
 
 
 def sweep(runner: Runner, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,27 @@ from typing import Any
 import numpy
 from safetensors.numpy import load
 
+from devtools.base_directory import place_file
 from devtools.client import ComfyClient, Event, RunResult, Workflow
+from devtools.fixture_images import make_control_images
+from devtools.fixtures import make_fixtures
 from devtools.server import ComfyServer
-from devtools.workflows import node_id
+from devtools.workflows import load_workflow, node_id
 
 Stats = dict[str, Any]
 
 TOLERANCE = 1e-4
 """Relative RMS between a latent made with Blade and stock's, fp32 on the CPU."""
+CLEAR = 100 * TOLERANCE
+"""A change that nobody takes for rounding."""
+
+CONTROLNETS = {
+    "control_v11p_sd15_canny_fp16.safetensors": "sd15-control",
+    "control_v11f1p_sd15_depth_fp16.safetensors": "sd15-control-b",
+}
+"""The examples' files, and which fixtures take their places."""
+DIALS = ("backend", "freeze_weights", "on_failure", "enabled", "frozen_change")
+"""What BladeControlNetApply takes and stock's node does not."""
 
 
 class Node:
@@ -297,3 +311,55 @@ def difference(actual: numpy.ndarray, expected: numpy.ndarray) -> float:
         return float("inf")
     error, reference = actual.astype("f8") - expected, expected.astype("f8")
     return float(numpy.sqrt(numpy.square(error).mean() / numpy.square(reference).mean()))
+
+
+def example(runner: Runner, name: str, seed: int, steps: int = 1) -> Workflow:
+    """An example as it ships, but for the checkpoint and what makes it long."""
+    nodes = load_workflow(
+        name,
+        checkpoint=runner.models["sd15"].name,
+        width=64,
+        height=64,
+        steps=steps,
+        seed=seed,
+        backend="eager",
+    )
+    samples = [node_id(nodes, "KSampler"), 0]
+    inputs = {"samples": samples, "filename_prefix": "tests/latent"}
+    nodes["99"] = {"class_type": "SaveLatent", "inputs": inputs}
+    return nodes
+
+
+def place_control_files(base: Path, host: Path) -> None:
+    """Put what the examples with ControlNets load into the base directory, under their names."""
+    fixtures = make_fixtures(base, CONTROLNETS.values(), host=host)
+    for name, fixture in CONTROLNETS.items():
+        place_file(fixtures[fixture], fixtures[fixture].with_name(name))
+    make_control_images(base)
+
+
+def as_stock(nodes: Workflow, loras: Mapping[str, float] | None = None) -> Workflow:
+    """A workflow with stock nodes in the place of all Blade nodes.
+
+    loras: file to strength, for the chain of loaders in the place of the LoRA nodes.
+    """
+    stock = deepcopy(nodes)
+    for id, node in nodes.items():
+        if node["class_type"] == "BladeControlNetApply":
+            theirs = {k: v for k, v in node["inputs"].items() if k not in DIALS}
+            stock[id] = {"class_type": "ControlNetApplyAdvanced", "inputs": theirs}
+        elif "Blade" in node["class_type"]:
+            del stock[id]
+    checkpoint = node_id(nodes, "CheckpointLoaderSimple")
+    model, clip = [checkpoint, 0], [checkpoint, 1]
+    for number, (name, strength) in enumerate((loras or {}).items(), 100):
+        inputs: dict[str, Any] = {"model": model, "clip": clip, "lora_name": name}
+        inputs |= {"strength_model": strength, "strength_clip": strength}
+        stock[str(number)] = {"class_type": "LoraLoader", "inputs": inputs}
+        model, clip = [str(number), 0], [str(number), 1]
+    for node in stock.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["model"] = model
+        elif node["class_type"] == "CLIPTextEncode":
+            node["inputs"]["clip"] = clip
+    return stock

@@ -150,3 +150,19 @@ def test_several_models() -> None:
 
 def test_no_model() -> None:
     assert text_of() == ["- This model does not run through Blade Optimize Model."]
+
+
+def test_controlnets_follow_and_are_counted() -> None:
+    of_unet = model(block("middle_block", "compiled"))
+    control = model(block("zero_convs.0", "compiled"), model="ControlNet", replays=19)
+    lines = as_text(stats(of_unet) | {"controlnets": [control]}).split("\n")
+    assert lines[-5:] == [
+        "",
+        "ControlNet (backend auto: inductor; on_failure fallback)",
+        "",
+        "- part of the UNet's CUDA graphs, replayed in the last run 19",
+        "- 1 blocks: 1 compiled",
+    ]
+    both = as_text(stats(of_unet) | {"controlnets": [control, control]}).split("\n")
+    heads = [line for line in both if line.startswith("ControlNet")]
+    assert [head.partition(" (")[0] for head in heads] == ["ControlNet 1 of 2", "ControlNet 2 of 2"]

@@ -14,7 +14,7 @@ from torch import nn
 
 from blade.blade_core.errors import UnknownStructure
 from blade.blade_core.key import digest
-from blade.blade_core.structure import describe
+from blade.blade_core.structure import describe, reads_training
 
 Change = Callable[["Layer"], Any]
 
@@ -283,3 +283,72 @@ def test_builtin_method_of_a_tensor_cannot_be_described() -> None:
     one, other = Layer(), Layer()
     one.act, other.act = torch.tensor(2.0).mul, torch.tensor(3.0).mul
     assert told_apart(one, other)
+
+
+# --- what computes something else in training mode ------------------------------------------------
+
+
+class Reads(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+class Inherits(Reads):
+    """Reads it in its parent's code."""
+
+
+class ReadsInside(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([row * (2 if self.training else 1) for row in x])
+
+
+class ReadsInFunction(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def factor() -> int:
+            return 2 if self.training else 1
+
+        return x * factor()
+
+
+class ReadsInProperty(nn.Module):
+    @property
+    def factor(self) -> int:
+        return 2 if self.training else 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize(
+    ("module", "reads"),
+    [
+        (nn.Dropout(0.1), True),
+        (nn.Dropout(0.0), False),  # what ComfyUI's layers hold
+        (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout(0.0), nn.SiLU())), False),
+        (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout(0.5))), True),
+        (nn.BatchNorm2d(4), True),
+        (nn.GroupNorm(2, 4), False),
+        (Layer(), False),
+        (Reads(), True),
+        (Inherits(), True),
+        (ReadsInside(), True),
+        (ReadsInFunction(), True),
+        (ReadsInProperty(), True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_modules_that_read_their_mode(module: nn.Module, reads: bool) -> None:
+    assert reads_training(module) == reads
+
+
+def test_a_dropout_that_is_turned_on_later() -> None:
+    module = nn.Sequential(nn.Dropout(0.0))
+    assert not reads_training(module)
+    module[0].p = 0.5  # type: ignore[assignment]
+    assert reads_training(module)
+
+
+def test_a_class_that_is_patched_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not reads_training(Norm())
+    monkeypatch.setattr(Norm, "forward", Reads.forward)
+    assert reads_training(Norm())
