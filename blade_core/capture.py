@@ -144,6 +144,13 @@ class CapturePool:
         self._budget.counters.add_capture_seconds(time.perf_counter() - start)
         return self._captures[key]
 
+    def discard(self, key: Hashable) -> None:
+        """Drop one capture, if it is there; most of its memory goes back with the others."""
+        if self._captures.pop(key, None) is not None:
+            self._budget.counters.add("captures_dropped")
+            if not self._captures:
+                self.clear()
+
     def clear(self, *, unseen: int = 0) -> None:
         """Drop every capture, `unseen` of which nobody was told of; their memory goes back."""
         self._budget.counters.add("captures_dropped", len(self._captures) - unseen)

@@ -64,20 +64,35 @@ def reads_training(module: nn.Module) -> bool:
 
     Graphs are made in eval mode, but ComfyUI leaves some models in training mode.
     """
-    return any(
-        _class_reads_training(type(child))  # type: ignore[arg-type]  # a class has a hash
-        and getattr(child, "p", None) != 0.0
-        for child in modules_of(module)
-    )
+    kinds = {type(m) for m in modules_of(module) if getattr(m, "p", None) != 0.0}  # dropout
+    return any(_class_reads_training(kind) for kind in kinds)
+
+
+def _class_reads_training(kind: type[nn.Module]) -> bool:
+    members = [
+        member
+        for base in kind.__mro__
+        if base is not nn.Module  # which has `train` and `eval` themselves
+        for member in vars(base).values()
+    ]
+    functions = [
+        function
+        for member in members
+        for function in (
+            member,
+            getattr(member, "__func__", None),
+            getattr(member, "fget", None),
+            getattr(member, "fset", None),
+        )
+        if isinstance(function, types.FunctionType)
+    ]
+    return any(_code_reads_training(function.__code__) for function in functions)
 
 
 @functools.lru_cache(maxsize=4096)
-def _class_reads_training(kind: type[nn.Module]) -> bool:
-    return any(
-        isinstance(value, types.FunctionType) and "training" in value.__code__.co_names
-        for base in kind.__mro__
-        if base is not nn.Module  # which has `train` and `eval` themselves
-        for value in vars(base).values()
+def _code_reads_training(code: types.CodeType) -> bool:
+    return "training" in (*code.co_names, *code.co_consts) or any(
+        _code_reads_training(c) for c in code.co_consts if isinstance(c, types.CodeType)
     )
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..blade_core.config import OptimizeConfig
-from ..blade_core.host.controlnet import apply_controlnet, optimize_controlnet
+from ..blade_core.host.controlnet import (
+    apply_controlnet,
+    check_image,
+    optimize_controlnet,
+)
 from .optimize_model import DIALS, FROZEN_DIAL
 
 
@@ -113,8 +117,9 @@ class BladeControlNetApply:
             on_failure=on_failure,
             frozen_change=frozen_change,
         )
-        if enabled:
+        if enabled and strength != 0:
             control_net = optimize_controlnet(control_net, config, node_id=unique_id)
+            check_image(control_net, image)
         return apply_controlnet(
             positive, negative, control_net, image, strength, start_percent, end_percent, vae
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from comfy.controlnet import ControlNet, StrengthType
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from .control_proxy import Proxy
@@ -18,7 +19,10 @@ class CompiledControlNet(ControlNet):
     """The host's ControlNet over a Proxy."""
 
     control_model: Proxy | Any
-    _strength: torch.Tensor | None = None
+    cond_hint: torch.Tensor | None
+    _strength: tuple[Any, torch.Tensor] | None = None
+    _images: dict[tuple[int, ...], torch.Tensor] | None = None
+    """Control images as the host has scaled them in this run, by the latents' form."""
     _of_blade = False
     """Whether the UNet of this step runs through Blade."""
 
@@ -33,9 +37,9 @@ class CompiledControlNet(ControlNet):
             self.timestep_range = None
 
     def cleanup(self) -> None:
-        if self.control_model is not None:
+        if isinstance(self.control_model, Proxy):
             self.control_model.state.end()
-        self._strength = None
+        self._strength = self._images = None
         ControlNet.cleanup(self)
 
     def get_control(
@@ -48,7 +52,23 @@ class CompiledControlNet(ControlNet):
     ) -> Any:
         wrappers = transformer_options.get("wrappers", {})
         self._of_blade = "blade" in wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
-        return super().get_control(x_noisy, t, cond, batched_number, transformer_options)
+        # The host scales the image anew whenever sizes change, as areas do within each step.
+        images, form = self._images or {}, tuple(x_noisy.shape)
+        if self.cond_hint is not None:
+            self.cond_hint = images.get(form, self.cond_hint)
+        control = super().get_control(x_noisy, t, cond, batched_number, transformer_options)
+        if self.cond_hint is not None:
+            self._images = images | {form: self.cond_hint}
+        return control
+
+    def deepclone_multigpu(self, load_device: torch.device, autoregister: bool = False) -> Any:
+        """For another GPU (hosts from 0.23 on): the host's patcher wants the model itself."""
+        clone = super().deepclone_multigpu(load_device, autoregister)
+        theirs = clone.control_model_wrapped
+        clone.control_model_wrapped = ModelPatcher(
+            clone.control_model.model, theirs.load_device, theirs.offload_device
+        )
+        return clone
 
     def control_merge(self, control: Any, control_prev: Any, output_dtype: Any) -> Any:
         """The host's, or later: see late.py."""
@@ -57,9 +77,9 @@ class CompiledControlNet(ControlNet):
             links is not None
             and output_dtype is None
             and self._may_be_late(control)
-            and all(call.shapes == control.call.shapes for _, call, _ in links)
+            and all(one.call.shapes == control.call.shapes for _, one, _ in links)
         ):
-            link = (self, control.call, self._strength_on(control.call.given[0].device))
+            link = (self, control, self._strength_on(control.call.given[0].device))
             return LateControl([*links, link])
         return super().control_merge(control, control_prev, output_dtype)
 
@@ -73,9 +93,11 @@ class CompiledControlNet(ControlNet):
         )
 
     def _strength_on(self, device: torch.device) -> torch.Tensor:
-        if self._strength is None:
-            self._strength = torch.tensor(self.strength, dtype=torch.float32, device=device)
-        return self._strength
+        wanted = (self.strength, device)
+        if self._strength is None or self._strength[0] != wanted:
+            value = torch.tensor(self.strength, dtype=torch.float32, device=device)
+            self._strength = (wanted, value)
+        return self._strength[1]
 
 
 def _links(previous: Any) -> tuple[Any, ...] | None:

@@ -18,7 +18,7 @@ from comfy.cldm.cldm import ControlNet as ControlModel
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from torch import nn
 
-from .block import OptimizedBlock
+from .block import OptimizedBlock, RunContext
 from .optimized import OptimizedModel
 from .patches import UNPATCHED
 from .progress import CompileProgress
@@ -29,6 +29,7 @@ _HINT = ("input_hint_block", "transformer_layes", "spatial_ch_projs", "control_a
 """Children that work on the control image and its kind only (the host's spelling)."""
 
 _HOST_FORWARD = ControlModel.forward
+_HOST_SEQUENTIAL = TimestepEmbedSequential.forward
 
 _MOST_HINTS = 8
 """Control images whose embeddings are kept in a run: an embedding of SDXL at 1024² is 10 MiB."""
@@ -60,14 +61,22 @@ class Hint(NamedTuple):
 class Call(NamedTuple):
     """One call of a ControlNet: (x, features, timesteps, context, y, kind), and what else counts.
 
+    run: the run that it was prepared in.
     state: number of all that is baked into captures of the model.
+    again: prepares the same call in another run.
     """
 
     net: OptimizedControlNet
     model: Any
     given: tuple[Any, ...]
     others: dict[str, Any]
+    run: RunContext
     state: int
+    again: Callable[[], Call | None]
+
+    def fresh(self) -> Call | None:
+        """This call in the run that is under way: another may have ended the first."""
+        return self if self.net.is_in(self.run) else self.again()
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -85,9 +94,6 @@ class Call(NamedTuple):
         channels = [convolution[0].out_channels for convolution in self.model.zero_convs]
         return (x.shape, x.dtype, channels)
 
-    def run(self) -> Residuals:
-        return self.net(self)
-
 
 class OptimizedControlNet(OptimizedModel):
     """The model inside a ControlNet of SD1.5's or SDXL's kind, Union ControlNets too."""
@@ -104,10 +110,13 @@ class OptimizedControlNet(OptimizedModel):
         self.blocks = []
         self._forms: dict[Any, list[Form]] = {}
 
+        # What holds itself waits for Python's collector, and the weights with it.
+        this: Any = weakref.proxy(self)
+
         def hold(name: str, block: nn.Module) -> Holder:
             optimized = OptimizedBlock(name, ("control", len(self.blocks)), block)
             self.blocks.append(optimized)
-            return Holder(partial(self._run_block, optimized))
+            return Holder(partial(OptimizedControlNet._run_block, this, optimized))
 
         holders: dict[str, nn.Module] = {}
         for name in _LISTS:
@@ -138,21 +147,22 @@ class OptimizedControlNet(OptimizedModel):
         """
         x, hint, timesteps, context, y = args
         with self._lock:
-            reason = _foreign_code(model) or _bad_kinds(model, others)
+            reason = _foreign_code(model, self._blocks(model)) or _bad_kinds(model, others)
             if reason is not None:
                 self.end()
                 self._refuse(reason)
                 return None
-            if self._ready(model, x, progress, freeze) is None:
+            run = self._ready(model, x, progress, freeze)
+            if run is None:
                 return None
             seen = self._see(model, hint, others, x.dtype)
-            return Call(
-                self,
-                model,
-                (x, seen.features, timesteps, context, y, seen.kind),
-                others,
-                self._state,
-            )
+            given = (x, seen.features, timesteps, context, y, seen.kind)
+            again = partial(self.prepare, model, args, others, progress=progress, freeze=freeze)
+            return Call(self, model, given, others, run, self._state, again)
+
+    def is_in(self, run: RunContext) -> bool:
+        """Whether `run` is the one under way."""
+        return self._run is run
 
     @property
     def captures(self) -> bool:
@@ -215,6 +225,7 @@ class OptimizedControlNet(OptimizedModel):
     ) -> Hint:
         """What the host's own layers make of the control image, once a run."""
         kinds = _kinds(others)
+        self._hints = tuple([hint for hint in self._hints if hint.image() is not None])
         for hint in self._hints:
             if hint.image() is image and hint.kinds == kinds:
                 return hint
@@ -295,7 +306,7 @@ def _kinds(others: dict[str, Any]) -> tuple[int, ...]:
     return tuple(others.get("control_type", ()))
 
 
-def _foreign_code(model: nn.Module) -> str | None:
+def _foreign_code(model: nn.Module, blocks: Sequence[nn.Module]) -> str | None:
     """Why a call of this model is not what the host's own code alone would do."""
     own, forward = vars(model), ControlModel.forward
     if type(model) is not ControlModel:
@@ -306,6 +317,11 @@ def _foreign_code(model: nn.Module) -> str | None:
         return "another node pack replaced the ControlNet's forward"
     if model._forward_hooks or model._forward_pre_hooks:
         return "the ControlNet has hooks"
+    # The host calls the blocks as modules here; what is inside of them is looked at by block.py.
+    if TimestepEmbedSequential.forward is not _HOST_SEQUENTIAL or any(
+        b._forward_hooks or b._forward_pre_hooks or "forward" in vars(b) for b in blocks
+    ):
+        return "another node pack has hooks on the ControlNet's blocks, or replaced their forward"
     if type(model.input_hint_block) is not TimestepEmbedSequential:
         return "another node pack replaced the ControlNet's hint block"
     return None

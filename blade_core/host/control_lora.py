@@ -21,9 +21,12 @@ from torch import nn
 
 from ..config import OptimizeConfig
 from ..errors import ControlNetError
+from ..log import warn_once
 from .compiled_control import CompiledControlNet
 from .control_proxy import Proxy, check_fits
 
+_PARTS = frozenset({"up", "down", "weight", "bias"})
+"""The tensors of a layer in a file, by the host's names."""
 _HINT = "input_hint_block.0.weight"
 
 Weights = dict[str, torch.Tensor]
@@ -56,6 +59,7 @@ class Sum:
             in_use = memory.loaded_models(only_currently_used=True)
             memory.load_models_gpu([*in_use, self.patcher])
         elif self._base != form:
+            self._base = ()  # until all is written it is no one's sum
             _write(self.patcher.model, self._weights, base)
         self._base = form
         found: nn.Module = self.patcher.model
@@ -78,6 +82,14 @@ def _form(base: Any) -> tuple[Any, ...]:
 def _write(model: nn.Module, weights: Weights, base: Any) -> None:
     """Give `model` the sums; tensors that are there are written in place."""
     check_fits(model, base)
+    modules, kind = dict(model.named_modules()), type(base.model_config).__name__
+    for name in weights:
+        layer, _, part = name.rpartition(".")
+        if part in _PARTS and "__" not in name and layer not in modules:
+            raise ControlNetError(
+                f"This ControlLora does not fit the model: {kind} has no {layer}. Load one that "
+                "was made for this kind of model."
+            )
     device = comfy.model_management.get_torch_device()
     there = base.diffusion_model.state_dict()
     with torch.no_grad():
@@ -101,13 +113,20 @@ def _sum(
             f"This ControlLora does not fit the model: for {name} there is {seen}, expected shape "
             f"{tuple(shape)}. Load one that was made for this kind of model."
         )
-    total = whole.to(device=device, dtype=torch.float32)
+    # A copy always: it becomes a weight, whose memory is the ControlNet's own.
+    total = whole.to(device=device, dtype=torch.float32, copy=True)
     stem = name.removesuffix(".weight")
     up, down = weights.get(f"{stem}.up"), weights.get(f"{stem}.down")
     if stem == name or up is None or down is None:
         return total
     up, down = (t.to(device=device, dtype=torch.float32).flatten(1) for t in (up, down))
-    return total + (up @ down).view(shape)
+    if (up.shape[0], up.shape[1], down.shape[1]) != (shape[0], down.shape[0], shape[1:].numel()):
+        raise ControlNetError(
+            f"This ControlLora does not fit the model: the factors of {name} make "
+            f"{up.shape[0]}x{down.shape[1]}, expected {shape[0]}x{shape[1:].numel()}. Load one "
+            "that was made for this kind of model."
+        )
+    return total.add_((up @ down).view(shape))
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
@@ -155,9 +174,19 @@ class FusedControlLora(CompiledControlNet, ControlLora):
         return self._take(ControlLora.copy(self), self._sum, self._config, self._node_id)
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        patcher = model.current_patcher
+        if patcher is not None and patcher.hook_patches:
+            # Hooks change the base within a step; stock's model is over the base's own weights.
+            warn_once("A ControlLora runs as stock where LoRA hooks change the model's weights.")
+            ControlLora.pre_run(self, model, percent_to_timestep_function)
+            return
         self.manual_cast_dtype = model.manual_cast_dtype
         self.control_model = Proxy(self._sum.model(model), self._config, self._node_id)
         super().pre_run(model, percent_to_timestep_function)
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        self.control_model = None
 
     def get_models(self) -> list[Any]:
         models: list[Any] = ControlBase.get_models(self)

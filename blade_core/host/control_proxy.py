@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,13 +48,21 @@ class Proxy:
             progress=CompileProgress(self._node_id),
             freeze=self._config.freeze_weights,
         )
-        return self._model(*args, **others) if call is None else LateResiduals(call)
+        stock = partial(self._model, *args, **others)
+        return stock() if call is None else LateResiduals(call, stock)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_model" not in vars(self):  # asked for by `copy`
+            raise AttributeError(name)
         return getattr(self._model, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return copy.deepcopy(self._model, memo)  # another GPU gets a model of its own, as stock
+    def __deepcopy__(self, memo: dict[int, Any]) -> Proxy:
+        return Proxy(copy.deepcopy(self._model, memo), self._config, self._node_id)
+
+    @property
+    def model(self) -> nn.Module:
+        """What it stands for."""
+        return self._model
 
     def begin_run(self, model: Any) -> None:
         """A sampling run of `model`, the host's BaseModel, begins.
@@ -87,20 +96,35 @@ def check_fits(control_model: Any, model: Any) -> None:
     """
     kind = type(model.model_config).__name__
     unet = getattr(model, "diffusion_model", None)
-    theirs = _made_of(unet) if isinstance(unet, UNetModel) else "no UNet of that kind"
-    ours = _made_of(control_model)
-    if ours != theirs:
+    ours, theirs = _made_of(control_model), _made_of(unet) if isinstance(unet, UNetModel) else {}
+    # What a ControlNet does not take need not fit: small ones have no attention.
+    if any(size is not None and size != theirs.get(what) for what, size in ours.items()):
         raise ControlNetError(
-            f"This ControlNet does not fit the model. It was made for a UNet with {ours}; the "
-            f"model is {kind}, with {theirs}. Load a ControlNet that was made for {kind}."
+            f"This ControlNet does not fit the model. It was made for a UNet with {_words(ours)}; "
+            f"the model is {kind}, with {_words(theirs)}. Load a "
+            f"ControlNet that was made for {kind}."
         )
 
 
-def _made_of(model: Any) -> str:
+def _made_of(model: Any) -> dict[str, int | None]:
+    """Sizes that a ControlNet and its UNet have in common; None for what it does not have."""
     prompts = [m for name, m in model.named_modules() if name.endswith("attn2.to_k")]
-    width = prompts[0].in_features if prompts else "no"
-    text = f"{model.model_channels} channels and prompts of width {width}"
-    if model.num_classes is None:
-        return text
-    pooled = next(m for m in model.label_emb.modules() if hasattr(m, "in_features"))
-    return f"{text}, and a label of width {pooled.in_features}"
+    label = None
+    if model.num_classes is not None:
+        label = next(m for m in model.label_emb.modules() if hasattr(m, "in_features"))
+    return {
+        "channels": model.model_channels,
+        "prompts": prompts[0].in_features if prompts else None,
+        "label": None if label is None else label.in_features,
+    }
+
+
+def _words(sizes: dict[str, int | None]) -> str:
+    if not sizes:
+        return "no UNet of that kind"
+    text = f"{sizes['channels']} channels"
+    if sizes["prompts"] is not None:
+        text += f" and prompts of width {sizes['prompts']}"
+    if sizes["label"] is not None:
+        text += f", and a label of width {sizes['label']}"
+    return text

@@ -80,11 +80,7 @@ def apply_controlnet(
     """What the host's ControlNetApplyAdvanced does, by its own code.
 
     image: (B, H, W, C), values in 0..1.
-
-    Raises:
-        ControlNetError: the image cannot be a control image for `control`.
     """
-    _check_image(control, image)
     # The host's module, by name: here `nodes` is this pack's own folder.
     node = importlib.import_module("nodes").ControlNetApplyAdvanced()
     result: tuple[Conditioning, Conditioning] = node.apply_controlnet(
@@ -93,7 +89,12 @@ def apply_controlnet(
     return result
 
 
-def _check_image(control: ControlBase, image: Any) -> None:
+def check_image(control: ControlBase, image: Any) -> None:
+    """Refuse what cannot be a control image for `control`.
+
+    Raises:
+        ControlNetError: naming what was seen and what is expected.
+    """
     if not isinstance(image, torch.Tensor) or image.ndim != 4:
         raise ControlNetError(
             f"The control image is {_form(image)}; expected an IMAGE, (batch, height, width, "

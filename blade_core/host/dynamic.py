@@ -66,14 +66,17 @@ def _without_pages(model: nn.Module) -> nn.Module:
         id(t): nn.Parameter(t.data, requires_grad=False) if isinstance(t, nn.Parameter) else t
         for t in (*model.parameters(), *model.buffers())
     }
-    kept = [(m, k) for m in model.modules() for k in vars(m) if _is_of_pages(k)]
-    for module, name in kept:
-        memo[id(vars(module)[name])] = None
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        for name in [k for k in vars(module) if _is_of_pages(k)]:
-            del vars(module)[name]
-    return twin
+    kept = [
+        (vars(m), {k: v for k, v in vars(m).items() if _is_of_pages(k)}) for m in model.modules()
+    ]
+    try:
+        for own, pages in kept:
+            for name in pages:
+                del own[name]
+        return copy.deepcopy(model, memo)
+    finally:
+        for own, pages in kept:
+            own.update(pages)
 
 
 def _is_of_pages(name: str) -> bool:

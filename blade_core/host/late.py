@@ -8,6 +8,7 @@ a second stream; for everybody else it is as if it had been there all the time.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections import UserDict
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import torch
 from comfy.controlnet import ControlNet
 
 from ..recorder import Aside
-from .control import Call, Residuals, unpack
+from .control import Call, OptimizedControlNet, Residuals, unpack
 
 
 class Late(UserDict[str, list[Any]]):
@@ -37,6 +38,18 @@ class Late(UserDict[str, list[Any]]):
     def copy(self) -> Residuals:  # type: ignore[override]
         return dict(self.data)
 
+    def __copy__(self) -> Residuals:  # type: ignore[override]
+        return dict(self.data)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Residuals:
+        return copy.deepcopy(dict(self.data), memo)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self.data) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | dict(self.data)
+
     @property
     def untouched(self) -> bool:
         """Whether nobody has looked into it."""
@@ -49,42 +62,62 @@ class Late(UserDict[str, list[Any]]):
 class LateResiduals(Late):
     """What one call of a ControlNet gives."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, stock: Callable[[], Residuals]) -> None:
+        self.call, self._stock = call, stock
 
     def compute(self) -> Residuals:
-        return self.call.run()
+        call = self.call.fresh()
+        return self._stock() if call is None else call.net(call)
 
 
 class LateControl(Late):
     """The sum of the residuals of a chain of ControlNets, each times its strength.
 
-    links: for each its control object, its call, and its strength as a tensor of one element,
-    so that another strength is another value and no other capture.
+    links: for each its control object, its residuals, and its strength as a tensor of one
+    element, so that another strength is another value and no other capture.
     """
 
-    def __init__(self, links: Sequence[tuple[ControlNet, Call, torch.Tensor]]) -> None:
+    def __init__(self, links: Sequence[tuple[ControlNet, LateResiduals, torch.Tensor]]) -> None:
         self.links = tuple(links)
 
     def compute(self) -> Residuals:
         total = None
-        for control, call, _ in self.links:
-            total = ControlNet.control_merge(control, call.run(), total, None)
+        for control, residuals, _ in self.links:
+            total = ControlNet.control_merge(control, residuals, total, None)
         assert total is not None
         result: Residuals = total
         return result
 
+    def consume(self) -> None:
+        """Leave what the host's UNet leaves of residuals that it has added: empty lists."""
+        self._computed = {"input": [], "middle": [], "output": []}
+
+    def calls(self) -> Calls | None:
+        """The calls in the runs that are under way; None if one of them has to be stock."""
+        calls = [residuals.call.fresh() for _, residuals, _ in self.links]
+        if any(call is None for call in calls):
+            return None
+        strengths = [strength for *_, strength in self.links]
+        return Calls([(c, s) for c, s in zip(calls, strengths, strict=True) if c is not None])
+
+
+class Calls:
+    """Calls of a chain of ControlNets that are ready to be launched, with their strengths."""
+
+    def __init__(self, links: list[tuple[Call, torch.Tensor]]) -> None:
+        self._links = links
+
     @property
-    def models(self) -> list[Any]:
-        return list(dict.fromkeys(call.net for _, call, _ in self.links))
+    def models(self) -> list[OptimizedControlNet]:
+        return list(dict.fromkeys(call.net for call, _ in self._links))
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [t for _, call, strength in self.links for t in (*call.tensors, strength)]
+        return [t for call, strength in self._links for t in (*call.tensors, strength)]
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        return tuple([call.signature for _, call, _ in self.links])
+        return tuple([call.signature for call, _ in self._links])
 
     def launch(self, tensors: Sequence[torch.Tensor]) -> tuple[Residuals, Callable[[], None]]:
         """Compute it over such tensors, launch by launch; in a recording each model on a
@@ -123,7 +156,7 @@ class LateControl(Late):
         self, tensors: Sequence[torch.Tensor]
     ) -> list[tuple[Call, Sequence[torch.Tensor], torch.Tensor]]:
         parts, start = [], 0
-        for _, call, _ in self.links:
+        for call, _ in self._links:
             stop = start + len(call.tensors)
             parts.append((call, tensors[start:stop], tensors[stop]))
             start = stop + 1

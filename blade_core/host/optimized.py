@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import comfy.model_management
@@ -64,7 +66,8 @@ class OptimizedModel:
         self._pool = CapturePool(budget)
         self._projections = Projections()
         self._captured_with: tuple[Any, ...] = ()
-        self._state = 0
+        self._state = self._held = 0
+        self._elsewhere: list[tuple[weakref.ref[CapturePool], Hashable]] = []
         self._guard: object | None = None
         self._replayer: Replayer | None = None
         self._outside: str | None = None
@@ -74,6 +77,8 @@ class OptimizedModel:
         self._classes: dict[type[nn.Module], tuple[Any, ...]] = {}
         self._progress = CompileProgress(None)
         self._holders = self._hold(model)
+        # With it goes what other models have captured of it.
+        weakref.finalize(self, _discard, self._elsewhere).atexit = False
 
     def _hold(self, model: nn.Module) -> dict[str, nn.Module]:
         """Set `blocks`, and return what stands in the place of the children that hold them."""
@@ -120,7 +125,11 @@ class OptimizedModel:
             lambda: next((run.cut for run in runs if run.cut is not None), None),
             lambda: [model._graphs_in_use() for model in models],
         )
-        return replayer(signature, captured, tensors)
+        result = replayer(signature, captured, tensors)
+        if within and self._pool.get(signature) is not None:
+            for model in within:
+                model._elsewhere.append((weakref.ref(self._pool), signature))
+        return result
 
     def end(self) -> None:
         """End of a run: give the weights back as they were, let go of everything per run."""
@@ -140,7 +149,7 @@ class OptimizedModel:
     def drop_captures(self) -> None:
         """The host takes the model off the GPU: its captures go too."""
         with self._lock:
-            _drop(self._pool, self._projections)
+            _drop(self._pool, self._projections, self._elsewhere)
 
     def _ready(
         self, model: nn.Module, x: torch.Tensor, progress: CompileProgress, freeze: bool
@@ -171,6 +180,7 @@ class OptimizedModel:
             return
         if [block.block for block in self.blocks] != self._blocks(model):  # a block was replaced
             self._holders = self._hold(model)
+            self._held += 1
         self._bound = 0
         self._rebuilds = False
         self._progress = progress
@@ -227,16 +237,17 @@ class OptimizedModel:
             self._stream,
             run.environment,
             outer,
+            self._held,
             [unit.frozen for block in self.blocks for unit in block.units],
             [(block.why_not, block.changes) for block in self.blocks],
             self._watch.addresses,
         )
         if baked != self._captured_with:
             self._state = next(_states)
-            _drop(self._pool, self._projections)
+            self.drop_captures()
             self._captured_with = baked
-            pool, projections = self._pool, self._projections
-            self._guard = when_freed(self._watch.first, lambda: _drop(pool, projections))
+            drop = partial(_drop, self._pool, self._projections, self._elsewhere)
+            self._guard = when_freed(self._watch.first, drop)
 
     def _moved(self, x: torch.Tensor) -> bool:
         """Whether the run has to begin anew: weights moved, or the call came from elsewhere."""
@@ -287,9 +298,23 @@ class OptimizedModel:
         }
 
 
-def _drop(pool: CapturePool, projections: Projections) -> None:
+def _drop(
+    pool: CapturePool,
+    projections: Projections,
+    elsewhere: list[tuple[weakref.ref[CapturePool], Hashable]],
+) -> None:
+    """Drop a model's captures, and those of other models that hold its work."""
     projections.clear()  # first: the pool gives the device what is free by then
     pool.clear()
+    _discard(elsewhere)
+
+
+def _discard(elsewhere: list[tuple[weakref.ref[CapturePool], Hashable]]) -> None:
+    while elsewhere:
+        other, signature = elsewhere.pop()
+        found = other()
+        if found is not None:
+            found.discard(signature)
 
 
 def _stream(device: torch.device) -> int:

@@ -98,25 +98,33 @@ class OptimizedUNet(OptimizedModel):
     def _capture(
         self, executor: Any, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        late = args[4] if isinstance(args[4], LateControl) and args[4].untouched else None
-        call = read_call(args if late is None else (*args[:4], None))
+        control = args[4]
+        late = isinstance(control, LateControl) and control.untouched
+        calls = control.calls() if late else None
+        call = read_call(args if calls is None else (*args[:4], None))
         reason = foreign_code(executor, kwargs, self._patched)
         if call is None:
             reason, call = "its arguments have an unknown form", Call([], ())
         signature, tensors, count = call.signature, call.tensors, len(call.tensors)
-        if late is not None:
-            signature, tensors = (*signature, late.signature), [*tensors, *late.tensors]
+        if calls is not None:
+            signature, tensors = (*signature, calls.signature), [*tensors, *calls.tensors]
 
         def work(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
             *plain, control = call.arguments(tensors[:count])
-            if late is not None:
-                control, self._join = late.launch(tensors[count:])
+            if calls is not None:
+                control, self._join = calls.launch(tensors[count:])
             # What the host keeps for its patches, which this call has none of, stays outside.
             return self._launch(executor, unet, (*plain, control, {}), {})
 
-        within = () if late is None else late.models
+        within = () if calls is None else calls.models
         result = self._as_one(signature, tensors, reason, work, within)
-        return self._launch(executor, unet, args, kwargs) if result is None else result
+        if result is None:
+            return self._launch(executor, unet, args, kwargs)
+        if calls is not None:
+            control.consume()
+        for residuals in (control or {}).values():
+            residuals.clear()  # as the host does, taking one after the other
+        return result
 
     def _launch(
         self, executor: Any, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

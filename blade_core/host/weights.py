@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,13 +127,16 @@ class ChannelsLast:
     Each is rearranged within its own memory: no second copy, and addresses stay, so that what
     was captured stays valid. Values and names never change. The host's own kernels round
     differently over other strides, so that the weights go back before anyone else uses them.
+    Memory that others read during the run, as a stock ControlLora does, is left alone: the weight
+    gets other memory for that run.
     """
 
     def __init__(self) -> None:
         self._changed: list[_Change] = []
 
     def apply(self, weights: Iterable[torch.Tensor], device: torch.device) -> None:
-        done = set()
+        weights, done = list(weights), set()
+        own = Counter(weight.data_ptr() for weight in weights)
         for weight in weights:
             if (
                 weight.ndim == 4
@@ -143,6 +147,12 @@ class ChannelsLast:
             ):
                 change = _Change(weight, weight.stride(), weight.data_ptr())
                 values = weight.to(memory_format=torch.channels_last)
+                if _holders(weight) > own[change.address]:
+                    change.original = weight.data
+                    weight.data = values
+                    change.address = values.data_ptr()
+                    self._changed.append(change)
+                    continue
                 _restride(weight, values.stride())
                 if change.address not in done:  # tied weights share their memory
                     weight.data.copy_(values)
@@ -158,6 +168,8 @@ class ChannelsLast:
                 values = weight.contiguous()
                 if weight.data_ptr() != change.address:  # the host has moved it meanwhile
                     weight.data = values
+                elif change.original is not None:
+                    weight.data = change.original.copy_(values)
                 else:
                     _restride(weight, change.stride)
                     if change.owns_memory:
@@ -171,6 +183,18 @@ class _Change:
     stride: tuple[int, ...]
     address: int
     owns_memory: bool = False
+    original: torch.Tensor | None = None
+    """The memory that it goes back to, if that was not used."""
+
+
+def _holders(weight: torch.Tensor) -> int:
+    """How many tensors hold the memory of `weight`; 0 where that cannot be told, which is if it
+    is a part of a larger memory."""
+    storage = weight.untyped_storage()
+    if storage.nbytes() != weight.nbytes or not hasattr(torch._C, "_storage_Use_Count"):
+        return 0
+    # Less the storage's own Python object.
+    return torch._C._storage_Use_Count(storage._cdata) - 1
 
 
 def _restride(weight: torch.Tensor, stride: tuple[int, ...]) -> None:

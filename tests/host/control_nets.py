@@ -35,8 +35,8 @@ def make_controlnet(
 ) -> Any:
     """A CONTROL_NET for a UNet of `config`; with `kinds` a Union ControlNet."""
     own = {k: v for k, v in config.items() if k not in _NOT_OURS}
-    if "num_classes" not in config:
-        own["num_heads"] = 8  # as the host sets it for every SD1.5
+    # What the host sets for every SD1.5 and SDXL, whatever the configuration says.
+    own |= {"num_head_channels": 64} if "num_classes" in config else {"num_heads": 8}
     model = comfy.cldm.cldm.ControlNet(
         hint_channels=3,
         dtype=dtype,
@@ -45,6 +45,7 @@ def make_controlnet(
         **own,
     )
     fill(model.parameters(), seed, dtype)
+    model.input_hint_block[-1].weight.data *= 20  # so that another image is seen in the result
     return comfy.controlnet.ControlNet(model, load_device=DEVICE)
 
 

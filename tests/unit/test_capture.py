@@ -411,6 +411,19 @@ def test_keep_is_asked_after_the_recorded_call(replayer: Replayer) -> None:
     assert asked == [2]
 
 
+def test_one_capture_is_discarded(pool: CapturePool, tape: type[Tape], counters: Counters) -> None:
+    """The others go on; with the last one the memory goes back."""
+    capture(pool, "a")
+    capture(pool, "b")
+    with counters.expect(captures_dropped=1):
+        pool.discard("a")
+        pool.discard("never there")
+    assert pool.get("a") is None and pool.get("b") is not None and tape.releases == 0
+    with counters.expect(captures_dropped=1):
+        pool.discard("b")
+    assert len(pool) == pool.nbytes == 0 and tape.releases == 1
+
+
 def test_a_buffer_is_freed_with_the_last_capture_that_uses_it(pool: CapturePool) -> None:
     buffers: list[weakref.ref[torch.Tensor]] = []
 
