@@ -25,6 +25,8 @@ MEASURED: dict[str, str] = {
     "capture_ms": "ms spent capturing CUDA graphs",
     "captures": "CUDA graphs captured",
     "replays": "replays of CUDA graphs",
+    "control_replays": "ControlNet calls within them, or by themselves",
+    "hint_embeddings": "control images that ControlNets took up",
     "chain_ms": "ms of the LoRA nodes and the system's own, in the switch of median length",
     "switch_ms": "ms after that until the model is loaded with the new weights",
     "total_switch_ms": "both: the median switch",

@@ -22,7 +22,7 @@ DIALS: dict[str, Any] = {
         {
             "default": False,
             "tooltip": "Folds the weights into the compiled graphs. Costs a second "
-            "copy of the UNet's weights in memory, and every change of LoRA, strength "
+            "copy of these weights in memory, and every change of LoRA, strength "
             "or checkpoint compiles again. Typical: off.",
         },
     ),
