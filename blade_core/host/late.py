@@ -140,9 +140,6 @@ class Calls:
         total, *others = (tensors[0].new_empty(size) for _ in parts)
         # A model that comes twice is one stream: what it keeps between its kernels is there once.
         aside = {call.net: Aside(total.device) for call, *_ in parts}
-        for (call, given, strength), one in zip(parts, (total, *others), strict=True):
-            with aside[call.net]:
-                torch.mul(call.net.packed(call, given, forms), strength, out=one)
 
         def join() -> None:
             while aside:
@@ -150,6 +147,13 @@ class Calls:
             while others:
                 total.add_(others.pop(0))
 
+        try:
+            for (call, given, strength), one in zip(parts, (total, *others), strict=True):
+                with aside[call.net]:
+                    torch.mul(call.net.packed(call, given, forms), strength, out=one)
+        except BaseException:
+            join()  # a recording must not end with streams of its own
+            raise
         return unpack(total, forms), join
 
     def _parts(
