@@ -241,6 +241,7 @@ class OptimizedModel:
             [unit.frozen for block in self.blocks for unit in block.units],
             [(block.why_not, block.changes) for block in self.blocks],
             self._watch.addresses,
+            self._layout.addresses,
         )
         if baked != self._captured_with:
             self._state = next(_states)

@@ -127,8 +127,7 @@ class ChannelsLast:
     Each is rearranged within its own memory: no second copy, and addresses stay, so that what
     was captured stays valid. Values and names never change. The host's own kernels round
     differently over other strides, so that the weights go back before anyone else uses them.
-    Memory that others read during the run, as a stock ControlLora does, is left alone: the weight
-    gets other memory for that run.
+    Memory that others read during the run, as a stock ControlLora does, is left as it is.
     """
 
     def __init__(self) -> None:
@@ -144,21 +143,21 @@ class ChannelsLast:
                 and weight.device == device
                 and weight.is_contiguous()
                 and not weight.is_contiguous(memory_format=torch.channels_last)
+                and _holders(weight) <= own[weight.data_ptr()]
             ):
                 change = _Change(weight, weight.stride(), weight.data_ptr())
                 values = weight.to(memory_format=torch.channels_last)
-                if _holders(weight) > own[change.address]:
-                    change.original = weight.data
-                    weight.data = values
-                    change.address = values.data_ptr()
-                    self._changed.append(change)
-                    continue
                 _restride(weight, values.stride())
                 if change.address not in done:  # tied weights share their memory
                     weight.data.copy_(values)
                     done.add(change.address)
                     change.owns_memory = True
                 self._changed.append(change)
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where what was rearranged is."""
+        return [change.address for change in self._changed]
 
     def restore(self) -> None:
         while self._changed:  # one by one: if memory runs out, the next call goes on from there
@@ -168,8 +167,6 @@ class ChannelsLast:
                 values = weight.contiguous()
                 if weight.data_ptr() != change.address:  # the host has moved it meanwhile
                     weight.data = values
-                elif change.original is not None:
-                    weight.data = change.original.copy_(values)
                 else:
                     _restride(weight, change.stride)
                     if change.owns_memory:
@@ -183,8 +180,6 @@ class _Change:
     stride: tuple[int, ...]
     address: int
     owns_memory: bool = False
-    original: torch.Tensor | None = None
-    """The memory that it goes back to, if that was not used."""
 
 
 def _holders(weight: torch.Tensor) -> int:

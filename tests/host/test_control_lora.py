@@ -166,6 +166,17 @@ def test_a_convolution_that_has_no_factors(
     assert lora_files.same(before, control.control_weights)
 
 
+def test_a_stock_one_comes_and_goes(session: Session, sd15: Any) -> None:
+    """Its model reads the base's own memory, which Blade then leaves as it lies."""
+    control, optimized = make_control_lora(SD15), optimize_model(sd15, EAGER)
+    plain = prompts()
+    stock = applied(control, **plain, config=None)
+    expected = {"with": sample(sd15, **stock, steps=4), "without": sample(sd15, **plain, steps=4)}
+    for both, name in ((plain, "without"), (stock, "with"), (plain, "without"), (stock, "with")):
+        assert relative_rms(sample(optimized, **both, steps=4), expected[name]) <= BOUND
+    assert relative_rms(expected["with"], expected["without"]) > 1e-3
+
+
 def test_a_sum_that_was_not_finished_is_made_again(
     session: Session, sd15: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
