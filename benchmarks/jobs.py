@@ -59,7 +59,8 @@ def applies(scenario: Scenario, system: str) -> bool:
 def rows_of(job: Job, command: list[str], timeout: float, end: float) -> Iterator[Row]:
     """Run a worker and yield a row for each scenario as it comes, with an error where it failed.
 
-    Each process has an Inductor cache of its own, so that its first image is cold.
+    Each process has an Inductor cache of its own, so that its first image is cold; worker.py sees
+    to Blade's.
 
     Raises:
         OutOfBudget: the monotonic clock passed `end`.

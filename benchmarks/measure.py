@@ -41,7 +41,7 @@ class Bench:
         self._clear(scenario)
         memory = Memory(self.device, self._used_before)
         blade_before = _blade_counters()
-        row: Row = {"cold": self._last_shape is None, "warnings": None}
+        row: Row = {"cold": self._last_shape is None and not self.system.restart, "warnings": None}
         self._last_shape = scenario.shape
         if scenario.kind == "image":
             row |= self._images(scenario, memory)
@@ -239,6 +239,8 @@ def _blade_fields(before: dict[str, float]) -> Row:
     row: Row = {
         "graphs": counted["graphs_compiled"],
         "compile_s": round(counted["compile_seconds"], 3),
+        "graphs_loaded": counted["graphs_loaded"],
+        "load_s": round(counted["load_seconds"], 3),
         "graph_mib": round(data["cache"]["bytes"] / 2**20, 1),
         "blocks_eager": sum(state != "compiled" for state in states),
     }

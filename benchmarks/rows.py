@@ -50,6 +50,8 @@ MEASURED: dict[str, str] = {
     "peak_share": "tflop_per_step / step_kernel_ms as a share of matrix_peak_tflops",
     "graphs": "graphs compiled for this row",
     "compile_s": "seconds spent compiling them",
+    "graphs_loaded": "graphs taken from disk instead",
+    "load_s": "seconds spent loading them",
     "graph_mib": "MiB that all graphs hold",
     "blocks_eager": "blocks that ran as stock",
     "warnings": "what could not be measured, and why",

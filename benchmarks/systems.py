@@ -26,6 +26,8 @@ class System:
     arguments: tuple[str, ...] = ()
     dynamo: bool = False
     """Whether torch.compile guards its graphs: another shape must not make them dynamic."""
+    restart: bool = False
+    """Whether graphs of an earlier process are on disk."""
     allocator: str = "stock"
     """The allocator that it needs, where the host's choice does not work with it."""
 
@@ -97,6 +99,8 @@ SYSTEMS: dict[str, System] = {
     "reduce-overhead": System(reduce_overhead, dynamo=True, allocator="native"),
     "blade-loader": _blade(LoraLoaders),  # LoRAs by stock's nodes
     "blade": _blade(),
+    # In a new process, with the graphs that "blade" left on disk in the same run.
+    "blade-restart": replace(_blade(), restart=True),
     # Without CUDA graphs: every kernel is launched from Python.
     "blade-uncaptured": _blade(capture=False),
     "blade-frozen": _blade(freeze_weights=True),

@@ -5,6 +5,7 @@ Prints one line of JSON behind `ROW ` for each scenario, as soon as it is done.
 
 import argparse
 import json
+import os
 import runpy
 import sys
 import traceback
@@ -31,6 +32,7 @@ def main() -> None:
     from benchmarks.systems import find_system
 
     system = find_system(options.system)
+    os.environ["BLADE_CACHE_DIR"] = str(_disk(options))
     arguments = _CPU if options.dry_run else _ALLOCATORS[_allocator(options, system)]
     _import_host(options.comfy, [*arguments, *system.arguments])
     import torch
@@ -52,6 +54,14 @@ def main() -> None:
                 traceback.print_exc()
                 row = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
             print(MARK + json.dumps({"scenario": name, **row}), flush=True)
+
+
+def _disk(options: argparse.Namespace) -> Path:
+    """Where Blade keeps its graphs: nowhere twice, but for what stands for a restart."""
+    lasting = options.system in ("blade", "blade-restart")
+    name = options.scenarios.split(",")[0] if lasting else str(os.getpid())
+    folder: Path = options.shared / f"graphs-{name}"
+    return folder
 
 
 def _allocator(options: argparse.Namespace, system: Any) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import InvalidChoice
 
@@ -53,6 +55,23 @@ class OptimizeConfig:
 def graph_cache_bytes() -> int:
     """Byte budget of the graph cache: `BLADE_GRAPH_CACHE_MIB` (default 4096 MiB)."""
     return _mebibytes("BLADE_GRAPH_CACHE_MIB", "4096", least=1)
+
+
+def store_bytes() -> int:
+    """Byte budget of graphs on disk: `BLADE_DISK_CACHE_MIB` (default 4096), 0 for none."""
+    return _mebibytes("BLADE_DISK_CACHE_MIB", "4096", least=0)
+
+
+def store_folder() -> Path:
+    """Where graphs lie on disk: `BLADE_CACHE_DIR`, by default the user's own cache folder."""
+    given = os.environ.get("BLADE_CACHE_DIR")
+    if given:
+        return Path(given).expanduser().absolute()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "comfyui-blade"
 
 
 def capture_bytes() -> int | None:

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 NAMES = (
     "graphs_compiled",  # a compiler ran and its result was kept
+    "graphs_loaded",  # taken from disk instead
+    "artifacts_dropped",  # on disk, but damaged or out of date
     "cache_hits",  # a block's part took a graph that was there (once a run, not once a step)
-    "cache_misses",  # it had to be compiled
+    "cache_misses",  # it had to be compiled, or taken from disk
     "compile_failures",  # a compiler was tried and gave up
     "graphs_evicted",  # dropped to stay within the byte budget
     "frozen_rebuilds",  # compiled again because a frozen weight changed
@@ -26,12 +28,13 @@ NAMES = (
 
 
 class Counters:
-    """Thread-safe counts, and the seconds spent compiling and capturing."""
+    """Thread-safe counts, and the seconds spent compiling, loading and capturing."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(NAMES, 0)
         self._compile_seconds = 0.0
+        self._load_seconds = 0.0
         self._capture_seconds = 0.0
 
     def add(self, name: str, count: int = 1) -> None:
@@ -41,6 +44,10 @@ class Counters:
     def add_compile_seconds(self, seconds: float) -> None:
         with self._lock:
             self._compile_seconds += seconds
+
+    def add_load_seconds(self, seconds: float) -> None:
+        with self._lock:
+            self._load_seconds += seconds
 
     def add_capture_seconds(self, seconds: float) -> None:
         with self._lock:
@@ -54,6 +61,7 @@ class Counters:
             return {
                 **self._counts,
                 "compile_seconds": round(self._compile_seconds, 3),
+                "load_seconds": round(self._load_seconds, 3),
                 "capture_seconds": round(self._capture_seconds, 3),
             }
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from .counters import Counters
 from .errors import (
     BackendUnavailable,
     CompileFailed,
+    NotPrivate,
     first_line,
     is_cancel,
     is_disk_full,
@@ -25,6 +27,7 @@ from .errors import (
 from .graph import Graph, GraphRequest
 from .key import GraphKey, allow_tf32
 from .log import logger, warn_once
+from .store import GraphStore
 
 _ORDER = ("torch_blade", "inductor")
 """Which compiler is asked first, by `auto` and after a chosen one that cannot run."""
@@ -47,9 +50,12 @@ def tolerance(tensor: torch.Tensor) -> float:
 class Engine:
     """Owns the graph cache, the counters and the compilers of a process."""
 
-    def __init__(self, *, budget: int | None = None) -> None:
+    def __init__(self, *, budget: int | None = None, store: tuple[Path, int] | None = None) -> None:
+        """budget: bytes of graphs in memory. store: where graphs are kept on disk, and of how many
+        bytes; None for nowhere."""
         self.counters = Counters()
         self.cache = GraphCache(graph_cache_bytes() if budget is None else budget, self.counters)
+        self.store = GraphStore(*store, self.counters) if store is not None else None
         # Inductor and torch_blade keep global state while they compile.
         self._compiling = threading.Lock()
 
@@ -86,9 +92,9 @@ class Engine:
         checkpoint: Callable[[], None],
         announce: Callable[[GraphKey], None],
     ) -> Graph:
-        """Return the graph of `key`, compiled now if this process never did.
+        """Return the graph of `key`, loaded or compiled now if this process never did.
 
-        request: makes the request; called only to compile.
+        request: makes the request; called only to load or to compile.
         checkpoint: called before compiling and while waiting; raises to cancel.
         announce: told the key before it is compiled.
 
@@ -101,12 +107,47 @@ class Engine:
                 checkpoint()
             try:
                 checkpoint()
-                announce(key)
-                return self._compile(backend, request())
+                wanted = request()
+                graph = self._load(backend, wanted)
+                if graph is None:
+                    announce(key)
+                    graph = self._compile(backend, wanted)
+                return graph
             finally:
                 self._compiling.release()
 
         return self.cache.get(key, build, checkpoint=checkpoint)
+
+    def _load(self, backend: Backend, request: GraphRequest) -> Graph | None:
+        """The graph from disk, if it is there and does what it should."""
+        key = request.key
+        if self.store is None or key.frozen is not None:
+            return None
+        artifact = self.store.read(key)
+        if artifact is None:
+            return None
+        start = time.perf_counter()
+        try:
+            call = backend.load(artifact, request)
+            difference = _difference(call, request)
+        except NotPrivate as error:
+            warn_once(str(error))
+            return None
+        except Exception as error:  # whatever unpickling raises
+            if is_cancel(error):
+                raise
+            if is_out_of_memory(error):
+                raise _failure(backend.name, request, error) from error
+            self.store.drop(key, first_line(error))
+            return None
+        if difference is not None:
+            self.store.drop(key, f"its result differs by {difference:.1e}")
+            return None
+        seconds = time.perf_counter() - start
+        self.counters.add("graphs_loaded")
+        self.counters.add_load_seconds(seconds)
+        logger.debug("loaded in %.2f s: %s", seconds, key)
+        return Graph(key, call, len(artifact), seconds, backend.capturable)
 
     def _compile(self, backend: Backend, request: GraphRequest) -> Graph:
         start = time.perf_counter()
@@ -129,6 +170,8 @@ class Engine:
         self.counters.add("graphs_compiled")
         self.counters.add_compile_seconds(seconds)
         logger.info("compiled in %.1f s: %s", seconds, request.key)
+        if self.store is not None and compiled.artifact is not None and not request.frozen:
+            self.store.write(request.key, compiled.artifact)
         return Graph(request.key, compiled.call, compiled.nbytes, seconds, backend.capturable)
 
 

@@ -42,6 +42,10 @@ class CompileFailed(BladeError):
         self.transient = transient
 
 
+class NotPrivate(BladeError):
+    """Code would be run from a folder that other users may write to."""
+
+
 class CaptureFailed(BladeError):
     """Work could not be recorded as a CUDA graph; it runs launch by launch.
 

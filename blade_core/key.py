@@ -88,15 +88,22 @@ class GraphKey:
     @cached_property
     def id(self) -> str:
         """16 hex digits over every field that counts, equal in every process."""
-        return digest(
-            (
-                self.structure,
-                self.signature,
-                self.layout,
-                self.backend,
-                self.environment,
-                self.frozen,
-            )
+        return digest(self._counted)
+
+    @property
+    def text(self) -> str:
+        """Every field that counts, for comparing and for reading."""
+        return repr(self._counted)
+
+    @property
+    def _counted(self) -> tuple[Any, ...]:
+        return (
+            self.structure,
+            self.signature,
+            self.layout,
+            self.backend,
+            self.environment,
+            self.frozen,
         )
 
 

@@ -19,6 +19,13 @@ def as_text(stats: dict[str, Any]) -> str:
         f"- graphs in memory {cache['graphs']} ({cache['bytes'] / 2**20:.1f} MiB of "
         f"{cache['budget_bytes'] / 2**20:.0f} MiB)",
     ]
+    if stats["disk"] is not None:
+        disk = stats["disk"]
+        lines.append(
+            f"- graphs on disk {disk['graphs']} ({disk['bytes'] / 2**20:.1f} MiB of "
+            f"{disk['budget_bytes'] / 2**20:.0f} MiB), loaded "
+            f"{counters['graphs_loaded']} in {counters['load_seconds']:.1f} s"
+        )
     if not stats["models"]:
         lines.append("- This model does not run through Blade Optimize Model.")
     for model in stats["models"]:

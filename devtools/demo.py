@@ -3,8 +3,11 @@
 Run by `dev.py demo` inside the environment.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +37,7 @@ RUNS = 2
 # Counter of the server to its heading.
 COUNTERS = {
     "graphs_compiled": "compiled",
+    "graphs_loaded": "loaded",
     "cache_hits": "cache hits",
     "blocks_eager": "blocks eager",
     "compile_failures": "failures",
@@ -61,6 +65,14 @@ class Row:
     difference: float | None = None
     images: list[Path] = field(default_factory=list)
     report: str = ""
+    stock: Row | None = None
+    """What it is compared with."""
+
+    def compare(self, stock: Row) -> None:
+        """Note how far the latents are from those of the same seeds."""
+        self.stock = stock
+        pairs = zip(stock.latents, self.latents, strict=True)
+        self.difference = max(relative_rms(a, b) for a, b in pairs)
 
 
 class Progress:
@@ -121,11 +133,25 @@ def _demo(options: argparse.Namespace) -> int:
     device = torch.cuda.get_device_name() if cuda else "the CPU"
     print(f"Starting ComfyUI on {device} (log: {WORK / 'logs' / 'demo.log'}) ...", flush=True)
     rows: list[Row] = []
-    with ComfyServer(host, base, log=WORK / "logs" / "demo.log") as server:
+    graphs = folder / "graphs"
+    shutil.rmtree(graphs, ignore_errors=True)  # the first image is to show what compiling takes
+    variables = {"BLADE_CACHE_DIR": str(graphs)}
+    with ComfyServer(host, base, log=WORK / "logs" / "demo.log", variables=variables) as server:
         client = ComfyClient(server.url)
         for subject in subjects:
             rows += _compare(client, subject, options, steps, folder)
         stats = client.get_json("/blade/stats")
+    print("Starting ComfyUI again, with the graphs that are on disk now ...", flush=True)
+    log = WORK / "logs" / "demo-restarted.log"
+    with ComfyServer(host, base, log=log, variables=variables) as server:
+        client = ComfyClient(server.url)
+        for subject in subjects:
+            _warm_up(client, subject, options)
+            row = Row(f"{subject.architecture} blade restarted")
+            _measure(client, subject, "blade", row, options, steps, folder)
+            stock = next(row for row in rows if row.name == f"{subject.architecture} stock")
+            row.compare(stock)
+            rows.append(row)
     backend = f"{_backends(stats)} (asked for: {options.backend})"
     table = _table_lines(rows)
     print(_aligned(table))
@@ -173,41 +199,56 @@ def _compare(
     """Run the stock and the Blade workflow on one checkpoint."""
     size = f"{subject.width}x{subject.height}"
     print(f"{subject.checkpoint}, {size}, {steps} steps:", flush=True)
-    rows: list[Row] = []
-    common = {
-        "checkpoint": subject.checkpoint,
-        "width": subject.width,
-        "height": subject.height,
-        "batch": options.batch,
-    }
-    # Reads the file into the system's cache: else the first measured run alone would pay for it.
-    warm_up = load_workflow(f"{subject.architecture}-txt2img-stock", steps=1, **common)
-    _run(client, warm_up, "warm-up")
-    for kind in ("stock", "blade"):
-        # Both begin without loaded models, so that their first runs mean the same.
-        client.free()
-        time.sleep(1.0)
-        row = Row(f"{subject.architecture} {kind}")
-        rows.append(row)
-        before = _counters(client)
-        for run in range(RUNS):
-            workflow = load_workflow(
-                f"{subject.architecture}-txt2img-{kind}",
-                steps=steps,
-                # Each run has its own seed: the server would answer a repeated one from memory.
-                seed=1000 + run,
-                backend=options.backend,
-                **common,
-            )
-            result = _run(client, workflow, f"{row.name}, run {run + 1}")
-            row.seconds.append(result.seconds)
-            _keep_outputs(client, result, row, folder)
-        after = _counters(client)
-        row.counters = {key: after[key] - before[key] for key in COUNTERS}
-    stock, blade = rows
-    pairs = zip(stock.latents, blade.latents, strict=True)
-    blade.difference = max(relative_rms(a, b) for a, b in pairs)
-    return rows
+    _warm_up(client, subject, options)
+    stock, blade = (Row(f"{subject.architecture} {kind}") for kind in ("stock", "blade"))
+    _measure(client, subject, "stock", stock, options, steps, folder)
+    _measure(client, subject, "blade", blade, options, steps, folder)
+    blade.compare(stock)
+    return [stock, blade]
+
+
+def _warm_up(client: ComfyClient, subject: Subject, options: argparse.Namespace) -> None:
+    """Read the file into the system's cache: else the first measured run alone would pay for it."""
+    _run(client, _workflow(subject, "stock", options, steps=1), "warm-up")
+
+
+def _measure(
+    client: ComfyClient,
+    subject: Subject,
+    kind: str,
+    row: Row,
+    options: argparse.Namespace,
+    steps: int,
+    folder: Path,
+) -> None:
+    """Run one workflow of a checkpoint several times and fill in its row."""
+    # All begin without loaded models, so that their first runs mean the same.
+    client.free()
+    time.sleep(1.0)
+    before = _counters(client)
+    for run in range(RUNS):
+        # Each run has its own seed: the server would answer a repeated one from memory.
+        workflow = _workflow(
+            subject, kind, options, steps=steps, seed=1000 + run, backend=options.backend
+        )
+        result = _run(client, workflow, f"{row.name}, run {run + 1}")
+        row.seconds.append(result.seconds)
+        _keep_outputs(client, result, row, folder)
+    after = _counters(client)
+    row.counters = {key: after[key] - before[key] for key in COUNTERS}
+
+
+def _workflow(
+    subject: Subject, kind: str, options: argparse.Namespace, **changes: Any
+) -> dict[str, Any]:
+    return load_workflow(
+        f"{subject.architecture}-txt2img-{kind}",
+        checkpoint=subject.checkpoint,
+        width=subject.width,
+        height=subject.height,
+        batch=options.batch,
+        **changes,
+    )
 
 
 def _run(client: ComfyClient, workflow: dict[str, Any], label: str) -> RunResult:

@@ -24,14 +24,17 @@ pre { background: #8882; padding: .8rem; overflow-x: auto }
 def write_report(
     file: Path, table: Sequence[Sequence[str]], rows: Sequence["Row"], facts: Mapping[str, str]
 ) -> Path:
-    """Write the report to `file` and return it; `rows` are pairs of stock and Blade."""
+    """Write the report to `file` and return it."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Blade demo</title>",
         f"<style>{_STYLE}</style><h1>Blade demo</h1>",
         _facts(facts),
         _table(table),
     ]
-    for stock, blade in zip(rows[::2], rows[1::2], strict=True):
+    for blade in rows:
+        stock = blade.stock
+        if stock is None:
+            continue
         parts.append(f"<h2>{escape(stock.name)} against {escape(blade.name)}</h2>")
         for pair in zip(stock.images, blade.images, strict=True):
             names = (stock.name, blade.name)

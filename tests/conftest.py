@@ -1,5 +1,6 @@
 """Makes the pack importable as `blade` and the tooling as `devtools`, and marks tests by folder."""
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Tests that count what is compiled must not find what earlier ones left on disk.
+os.environ["BLADE_DISK_CACHE_MIB"] = "0"
+
 _MARKS = ("unit", "host", "server", "bench", "gpu")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -36,6 +37,9 @@ class EagerBackend:
         return Compiled(_function(module, request), artifact, nbytes)
 
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
+        with suppress(ImportError):  # torch 2.0 has no such module
+            # Unpickling a graph asks for it without importing it.
+            import torch._higher_order_ops.triton_kernel_wrap
         module = torch.load(io.BytesIO(artifact), weights_only=False)
         return _function(module, request)
 

@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import first_line, is_cancel, is_out_of_memory
+from ..errors import NotPrivate, first_line, is_cancel, is_out_of_memory
 from ..graph import Compiled, GraphFunction, GraphRequest, trace
 from ..kernels.passes import KERNELS, use_kernels
 from ..log import warn_once
+from ..private import why_not_private
 
 # For inference, one graph a unit, launched one by one, where launches cost more than kernels;
 # measured in docs/log.md.
@@ -80,12 +82,25 @@ class InductorBackend:
 
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
         from torch._inductor import CompiledArtifact
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+        _check_private(Path(cache_dir()))
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "graph")
             with open(path, "wb") as file:
                 file.write(artifact)
             return _function(CompiledArtifact.load(path=path), frozen=request.frozen)
+
+
+def _check_private(folder: Path) -> None:
+    """Refuse to load where torch would unpack code into a folder of others."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    reason = why_not_private(folder)
+    if reason is not None:
+        raise NotPrivate(
+            "Blade does not load compiled graphs from disk: torch would unpack them into "
+            f"{folder}, but {reason}. Set TORCHINDUCTOR_CACHE_DIR to a folder of your own."
+        )
 
 
 @contextmanager

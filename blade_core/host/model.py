@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import nn
 
 from ..capture import CaptureBudget
-from ..config import OptimizeConfig, capture_bytes, lora_cache_bytes
+from ..config import OptimizeConfig, capture_bytes, lora_cache_bytes, store_bytes, store_folder
 from ..engine import Engine
 from ..log import logger
 from ..recorder import CudaRecorder
@@ -36,7 +37,7 @@ class Session:
     """All of Blade's state in a process: the engine, and what it knows of each model alive."""
 
     def __init__(self) -> None:
-        self.engine = Engine()
+        self.engine = Engine(store=_store())
         self.captures = CaptureBudget(self.engine.counters, CudaRecorder, capture_bytes())
         self.loras = LoraLibrary(lora_cache_bytes())
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -75,7 +76,7 @@ class Session:
         unet: only this one, under `config` if it has any, and the ControlNets that it was
         sampled with last.
         """
-        cache = self.engine.cache
+        cache, store = self.engine.cache, self.engine.store
         if unet is None:
             states, controlnets = _all(self._unets), _all(self._controlnets)
         else:
@@ -89,6 +90,9 @@ class Session:
                 "budget_bytes": cache.budget,
                 "keys": [str(key) for key in cache.all_keys()],
             },
+            "disk": None
+            if store is None
+            else {"folder": str(store.folder), **store.stored()._asdict()},
             "lora_files": {
                 "reads": self.loras.reads,
                 "bytes": self.loras.nbytes,
@@ -97,6 +101,11 @@ class Session:
             "models": [state.report() for state in states],
             "controlnets": [controlnet.report() for controlnet in controlnets],
         }
+
+
+def _store() -> tuple[Path, int] | None:
+    budget = store_bytes()
+    return (store_folder(), budget) if budget else None
 
 
 def _all(states: _States[_State]) -> list[_State]:

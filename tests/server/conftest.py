@@ -66,3 +66,10 @@ def runner(comfy_server: ComfyServer, models: dict[str, Path]) -> Runner:
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables for servers that run Inductor: an empty disk cache, theirs to share."""
     return {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}
+
+
+@pytest.fixture(scope="session")
+def graph_store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables for servers that keep their graphs on disk, in a folder that they share."""
+    folder = tmp_path_factory.mktemp("graphs")
+    return {"BLADE_CACHE_DIR": str(folder), "BLADE_DISK_CACHE_MIB": "1024"}

@@ -37,10 +37,13 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def runner(
-    server_factory: ServerFactory, models: dict[str, Path], inductor_cache: dict[str, str]
+    server_factory: ServerFactory,
+    models: dict[str, Path],
+    inductor_cache: dict[str, str],
+    graph_store: dict[str, str],
 ) -> Iterator[Runner]:
-    """A server of its own, for it keeps SDXL in memory."""
-    with server_factory("images", variables=inductor_cache) as server:
+    """A server of its own, for it keeps SDXL in memory; its graphs are for test_restart.py."""
+    with server_factory("images", variables=inductor_cache | graph_store) as server:
         yield Runner(server, models)
 
 

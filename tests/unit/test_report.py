@@ -10,6 +10,7 @@ from blade.blade_core.report import as_text
 HEAD = [
     "- graphs compiled 24 in 81.3 s, cache hits 130, misses 25, failures 1",
     "- graphs in memory 24 (12.5 MiB of 4096 MiB)",
+    "- graphs on disk 30 (45.5 MiB of 4096 MiB), loaded 6 in 0.3 s",
 ]
 
 
@@ -21,9 +22,12 @@ def stats(*models: dict[str, Any]) -> dict[str, Any]:
         "cache_misses": 25,
         "compile_failures": 1,
         "compile_seconds": 81.26,
+        "graphs_loaded": 6,
+        "load_seconds": 0.31,
     }
     cache = {"graphs": 24, "bytes": 25 * 2**19, "budget_bytes": 4096 * 2**20, "keys": []}
-    return {"counters": counters, "cache": cache, "models": list(models)}
+    disk = {"folder": "/graphs", "graphs": 30, "bytes": 91 * 2**19, "budget_bytes": 2**32}
+    return {"counters": counters, "cache": cache, "disk": disk, "models": list(models)}
 
 
 def model(*blocks: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -49,8 +53,12 @@ def block(name: str, state: str, *reasons: str) -> dict[str, Any]:
 
 def text_of(*models: dict[str, Any]) -> list[str]:
     lines = as_text(stats(*models)).split("\n")
-    assert lines[:2] == HEAD
-    return lines[2:]
+    assert lines[:3] == HEAD
+    return lines[3:]
+
+
+def test_nothing_is_said_of_a_disk_that_is_not_used() -> None:
+    assert as_text(stats() | {"disk": None}).split("\n")[:2] == HEAD[:2]
 
 
 def test_all_compiled() -> None:
