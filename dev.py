@@ -29,6 +29,8 @@ def main() -> int:
             return _test(environment, rest)
         if options.command == "bench":
             return _bench(environment, options.report, rest)
+        if options.command == "clear-cache":
+            return _run(environment, [str(ROOT / "devtools" / "clear_cache.py")])
         if options.command == "lint":
             return _lint(environment)
         return _demo(environment, options)
@@ -70,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument(
         "--report", action="store_true", help="write docs/performance.md from the committed rows"
+    )
+    commands.add_parser(
+        "clear-cache",
+        parents=[shared],
+        allow_abbrev=False,
+        help="delete the compiled graphs that Blade keeps on disk",
     )
     commands.add_parser("lint", parents=[shared], allow_abbrev=False, help="ruff and mypy")
     return parser

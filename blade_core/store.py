@@ -33,6 +33,9 @@ class Stored(NamedTuple):
     graphs: int
     nbytes: int
 
+    def __str__(self) -> str:
+        return f"{self.graphs} graphs ({self.nbytes / 2**20:.1f} MiB)"
+
 
 class GraphStore:
     """A folder of graphs within a budget in bytes, least recently used out first.

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from .clear_cache import BladeClearCache
 from .controlnet_apply import BladeControlNetApply
 from .fused_lora import BladeFusedLoRA
 from .optimize_model import BladeOptimizeModel
 from .report import BladeReport
 from .routes import register_routes
+from .warm_up import BladeWarmUp
 
 ALL_NODES: tuple[Any, ...] = (
     BladeOptimizeModel,
     BladeFusedLoRA,
     BladeControlNetApply,
     BladeReport,
+    BladeWarmUp,
+    BladeClearCache,
 )
 
 # A node's id is its class name; workflows refer to it, so it never changes.

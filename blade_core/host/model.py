@@ -68,6 +68,20 @@ class Session:
             by_config[config] = OptimizedControlNet(model, self.engine, self.captures, config)
         return by_config[config]
 
+    def clear(self, *, disk: bool, memory: bool) -> list[str]:
+        """Delete compiled graphs; return a line on each place that had some to delete."""
+        engine, lines = self.engine, []
+        if memory:
+            lines.append(f"{len(engine.cache)} graphs deleted from memory.")
+            for model in (*_all(self._unets), *_all(self._controlnets)):
+                model.drop_captures()
+            engine.cache.clear()
+        if disk and engine.store is None:
+            lines.append("Graphs on disk are turned off (BLADE_DISK_CACHE_MIB is 0).")
+        elif disk and engine.store is not None:
+            lines.append(f"{engine.store.clear()} deleted from {engine.store.folder}.")
+        return lines
+
     def stats(
         self, unet: nn.Module | None = None, config: OptimizeConfig | None = None
     ) -> dict[str, Any]:
@@ -90,9 +104,7 @@ class Session:
                 "budget_bytes": cache.budget,
                 "keys": [str(key) for key in cache.all_keys()],
             },
-            "disk": None
-            if store is None
-            else {"folder": str(store.folder), **store.stored()._asdict()},
+            "disk": None if store is None else store.report(),
             "lora_files": {
                 "reads": self.loras.reads,
                 "bytes": self.loras.nbytes,
@@ -208,9 +220,14 @@ def optimize_model(
     return clone
 
 
+def is_optimized(model: ModelPatcher) -> bool:
+    """Whether `model` runs through Blade."""
+    return _KEY in model.attachments
+
+
 def without_blade(model: ModelPatcher) -> ModelPatcher:
     """Return `model` as stock runs it: itself, or a clone without an earlier node's Blade."""
-    if _KEY not in model.attachments:
+    if not is_optimized(model):
         return model
     clone = model.clone()
     _remove_blade(clone)
