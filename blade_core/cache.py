@@ -39,6 +39,10 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def __contains__(self, key: object) -> bool:
+        """Whether `get` would answer at once: there is a graph, or it is known to fail."""
+        return key in self._graphs or key in self._failures
+
     def all_keys(self) -> list[GraphKey]:
         """All keys, the least recently used first."""
         with self._lock:

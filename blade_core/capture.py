@@ -33,11 +33,13 @@ class Work:
 
     why_not: asked after a first call; the reason why later ones may not be recorded.
     keep: asked then too; what the kernels use and must not be freed before the capture is.
+    not_yet: asked then too; whether later calls will do the work in another way, to be recorded.
     """
 
     function: Function
     why_not: Callable[[], str | None]
     keep: Callable[[], Any]
+    not_yet: Callable[[], bool] = bool
 
 
 class Capture:
@@ -246,6 +248,8 @@ class Replayer:
             return work.function(inputs)
         with self._pool.waits() as waits:
             result = work.function(inputs)
+        if work.not_yet():
+            return result
         reason = self._pool.refused(key) or work.why_not()
         if reason is None and waits:
             # The call that compiles waits for the GPU to check the new graphs; the next may not.

@@ -12,6 +12,7 @@ from .errors import InvalidChoice
 BACKENDS = ("auto", "torch_blade", "inductor", "eager")
 ON_FAILURE = ("fallback", "error")
 FROZEN_CHANGE = ("rebuild", "refuse")
+COMPILE = ("first", "background")
 KERNELS = ("group_norm", "short_attention")
 
 FORMAT_VERSION = 1
@@ -27,6 +28,7 @@ class OptimizeConfig:
     on_failure: `fallback` runs what cannot be compiled as stock ComfyUI would; `error` raises.
     frozen_change: when frozen weights change, `rebuild` compiles again and `refuse` raises.
     capture: replay a step as one CUDA graph where it can be; off for measuring what that gives.
+    compile: `first` waits for the graphs; `background` samples as stock would until they are there.
     kernels: which of Blade's own kernels Inductor's graphs may hold; fewer for the same reason.
 
     Raises:
@@ -39,11 +41,13 @@ class OptimizeConfig:
     frozen_change: str = "rebuild"
     capture: bool = True
     kernels: tuple[str, ...] = KERNELS
+    compile: str = "first"
 
     def __post_init__(self) -> None:
         check_choice("backend", self.backend, BACKENDS)
         check_choice("on_failure", self.on_failure, ON_FAILURE)
         check_choice("frozen_change", self.frozen_change, FROZEN_CHANGE)
+        check_choice("compile", self.compile, COMPILE)
         for kernel in self.kernels:
             check_choice("kernels", kernel, KERNELS)
 
@@ -82,6 +86,17 @@ def capture_bytes() -> int | None:
     if "BLADE_CAPTURE_MIB" not in os.environ:
         return None
     return _mebibytes("BLADE_CAPTURE_MIB", "", least=0)
+
+
+def compile_workers() -> int | None:
+    """Processes that compile: `BLADE_COMPILE_WORKERS`; None if it is not set."""
+    text = os.environ.get("BLADE_COMPILE_WORKERS")
+    if text is not None and not text.isdecimal():
+        raise InvalidChoice(
+            f"BLADE_COMPILE_WORKERS is {text!r}; expected a whole number. Unset it, or set it to 0 "
+            "to compile in ComfyUI's own process."
+        )
+    return None if text is None else int(text)
 
 
 def lora_cache_bytes() -> int:

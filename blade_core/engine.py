@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from .errors import (
     is_disk_full,
     is_out_of_memory,
 )
-from .graph import Graph, GraphRequest
+from .graph import Graph, GraphFunction, GraphRequest
+from .jobs import Jobs
 from .key import GraphKey, allow_tf32
 from .log import logger, warn_once
 from .store import GraphStore
@@ -58,6 +60,7 @@ class Engine:
         self.store = GraphStore(*store, self.counters) if store is not None else None
         # Inductor and torch_blade keep global state while they compile.
         self._compiling = threading.Lock()
+        self.jobs = Jobs(self.store)
 
     def backends(self, config: OptimizeConfig, device: torch.device) -> tuple[Backend, ...]:
         """Return the backends that `config` allows on `device`, the one to try first in front.
@@ -96,37 +99,96 @@ class Engine:
 
         request: makes the request; called only to load or to compile.
         checkpoint: called before compiling and while waiting; raises to cancel.
-        announce: told the key before it is compiled.
+        announce: told the key before it is compiled, or another process is waited for.
 
         Raises:
             CompileFailed: with the reason in words.
         """
 
         def build() -> Graph:
-            while not self._compiling.acquire(timeout=WAIT_SECONDS):
-                checkpoint()
-            try:
-                checkpoint()
+            if self.jobs.pending(key):
+                announce(key)
+                self.jobs.wait(key, checkpoint)
+            with self._alone(checkpoint):
                 wanted = request()
                 graph = self._load(backend, wanted)
                 if graph is None:
                     announce(key)
                     graph = self._compile(backend, wanted)
                 return graph
-            finally:
-                self._compiling.release()
 
         return self.cache.get(key, build, checkpoint=checkpoint)
 
+    def soon(
+        self,
+        key: GraphKey,
+        backend: Backend,
+        request: Callable[[], GraphRequest],
+        *,
+        least: int,
+        checkpoint: Callable[[], None],
+        announce: Callable[[GraphKey], None],
+        beside: Callable[[], None],
+    ) -> Graph | None:
+        """Like `graph`, but None while another process compiles it, or is going to.
+
+        least: how many graphs have to be missing before other processes are worth their start;
+            the few that are held until then are compiled here, when `graph` is asked for them.
+        beside: called when one more is left to them.
+
+        Raises:
+            CompileFailed: with the reason in words.
+        """
+        with self._alone(checkpoint):
+            if self.jobs.pending(key):
+                return None
+            new = key not in self.cache and key not in self.jobs
+            if new and (self.store is None or key not in self.store):
+                wanted = request()
+                job = backend.job(wanted)
+                if job is not None:
+                    beside()
+                    self.jobs.add(key, backend.name, job, wanted.device, least=least)
+                    return None
+        return self.graph(key, backend, request, checkpoint=checkpoint, announce=announce)
+
+    @contextmanager
+    def _alone(self, checkpoint: Callable[[], None]) -> Iterator[None]:
+        """Tracing and compiling change global state of torch."""
+        while not self._compiling.acquire(timeout=WAIT_SECONDS):
+            checkpoint()
+        try:
+            checkpoint()
+            yield
+        finally:
+            self._compiling.release()
+
     def _load(self, backend: Backend, request: GraphRequest) -> Graph | None:
-        """The graph from disk, if it is there and does what it should."""
-        key = request.key
-        if self.store is None or key.frozen is not None:
-            return None
-        artifact = self.store.read(key)
-        if artifact is None:
-            return None
-        start = time.perf_counter()
+        """The graph that another process made, now or at an earlier time; None if there is none
+        that does what it should."""
+        key, start = request.key, time.perf_counter()
+        made = self.jobs.take(key)
+        if made is not None:
+            call = self._checked(backend, request, made.artifact)
+            if call is not None:
+                seconds = made.seconds + time.perf_counter() - start
+                self._note_compiled(key, seconds)
+                return Graph(key, call, len(made.artifact), seconds, backend.capturable)
+        elif self.store is not None and key.frozen is None:
+            artifact = self.store.read(key)
+            call = None if artifact is None else self._checked(backend, request, artifact)
+            if artifact is not None and call is not None:
+                seconds = time.perf_counter() - start
+                self.counters.add("graphs_loaded")
+                self.counters.add_load_seconds(seconds)
+                logger.debug("loaded in %.2f s: %s", seconds, key)
+                return Graph(key, call, len(artifact), seconds, backend.capturable)
+        return None
+
+    def _checked(
+        self, backend: Backend, request: GraphRequest, artifact: bytes
+    ) -> GraphFunction | None:
+        """The function that is stored in `artifact`, if it does what the request's module does."""
         try:
             call = backend.load(artifact, request)
             difference = _difference(call, request)
@@ -138,16 +200,19 @@ class Engine:
                 raise
             if is_out_of_memory(error):
                 raise _failure(backend.name, request, error) from error
-            self.store.drop(key, first_line(error))
-            return None
-        if difference is not None:
-            self.store.drop(key, f"its result differs by {difference:.1e}")
-            return None
-        seconds = time.perf_counter() - start
-        self.counters.add("graphs_loaded")
-        self.counters.add_load_seconds(seconds)
-        logger.debug("loaded in %.2f s: %s", seconds, key)
-        return Graph(key, call, len(artifact), seconds, backend.capturable)
+            reason = first_line(error)
+        else:
+            if difference is None:
+                return call
+            reason = f"its result differs by {difference:.1e}"
+        if self.store is not None:
+            self.store.drop(request.key, reason)
+        return None
+
+    def _note_compiled(self, key: GraphKey, seconds: float) -> None:
+        self.counters.add("graphs_compiled")
+        self.counters.add_compile_seconds(seconds)
+        logger.info("compiled in %.1f s: %s", seconds, key)
 
     def _compile(self, backend: Backend, request: GraphRequest) -> Graph:
         start = time.perf_counter()
@@ -167,9 +232,7 @@ class Engine:
                 f"uncompiled layer by {difference:.1e} (relative RMS), expected at most "
                 f"{tolerance(request.inputs[0]):.0e}; it is not used."
             )
-        self.counters.add("graphs_compiled")
-        self.counters.add_compile_seconds(seconds)
-        logger.info("compiled in %.1f s: %s", seconds, request.key)
+        self._note_compiled(request.key, seconds)
         if self.store is not None and compiled.artifact is not None and not request.frozen:
             self.store.write(request.key, compiled.artifact)
         return Graph(request.key, compiled.call, compiled.nbytes, seconds, backend.capturable)

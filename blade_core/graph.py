@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,3 +152,19 @@ def trace(request: GraphRequest) -> torch.fx.GraphModule:
             for t in (*request.weights, *request.inputs)
         ]
         return make_fx(function)(*fake)
+
+
+def dump(module: torch.fx.GraphModule) -> bytes:
+    """A traced graph as bytes for `undump`, in this process or another."""
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    return stream.getvalue()
+
+
+def undump(content: bytes) -> torch.fx.GraphModule:
+    """The graph that `dump` was given. Runs code from it: never for bytes of others."""
+    with suppress(ImportError):  # torch 2.0 has no such module
+        # Unpickling a graph asks for it without importing it.
+        import torch._higher_order_ops.triton_kernel_wrap
+    module: torch.fx.GraphModule = torch.load(io.BytesIO(content), weights_only=False)
+    return module

@@ -139,12 +139,17 @@ def _triton_version() -> str:
 
 
 def _switches() -> tuple[str, ...]:
+    """Names of the switches that are on."""
+    return tuple(name for name, on in switches().items() if on)
+
+
+def switches() -> dict[str, bool]:
     """Global switches that a compiler reads while it builds a graph."""
     cuda = torch.backends.cuda
     matmul_tf32, cudnn_tf32 = allow_tf32()
-    on = {
+    return {
         "tf32": matmul_tf32,
-        "fp16-reduction": cuda.matmul.allow_fp16_reduced_precision_reduction,
+        "fp16-reduction": bool(cuda.matmul.allow_fp16_reduced_precision_reduction),
         "fp16-accumulation": getattr(cuda.matmul, "allow_fp16_accumulation", False),
         "cudnn-tf32": cudnn_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -153,7 +158,22 @@ def _switches() -> tuple[str, ...]:
         "math-sdp": cuda.math_sdp_enabled(),
         "cudnn-sdp": getattr(cuda, "cudnn_sdp_enabled", bool)(),  # torch 2.5
     }
-    return tuple(name for name, value in on.items() if value)
+
+
+def set_switches(on: dict[str, bool]) -> None:
+    """Set what another process's `switches` gave."""
+    cuda = torch.backends.cuda
+    cuda.matmul.allow_tf32 = on["tf32"]
+    cuda.matmul.allow_fp16_reduced_precision_reduction = on["fp16-reduction"]
+    if hasattr(cuda.matmul, "allow_fp16_accumulation"):
+        cuda.matmul.allow_fp16_accumulation = on["fp16-accumulation"]
+    torch.backends.cudnn.allow_tf32 = on["cudnn-tf32"]
+    torch.use_deterministic_algorithms(on["deterministic"])
+    cuda.enable_flash_sdp(on["flash-sdp"])
+    cuda.enable_mem_efficient_sdp(on["efficient-sdp"])
+    cuda.enable_math_sdp(on["math-sdp"])
+    if hasattr(cuda, "enable_cudnn_sdp"):
+        cuda.enable_cudnn_sdp(on["cudnn-sdp"])
 
 
 def allow_tf32() -> tuple[bool, bool]:

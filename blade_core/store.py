@@ -51,6 +51,9 @@ class GraphStore:
         self._counters = counters
         self._usable: bool | None = None  # asked when it is first needed
 
+    def __contains__(self, key: GraphKey) -> bool:
+        return self._path(key).is_file()
+
     def read(self, key: GraphKey) -> bytes | None:
         """Return what was stored for `key`, or None."""
         path = self._path(key)

@@ -10,7 +10,7 @@ from ..blade_core.host.controlnet import (
     check_image,
     optimize_controlnet,
 )
-from .optimize_model import DIALS, FROZEN_DIAL
+from .optimize_model import COMPILE_DIAL, DIALS, FROZEN_DIAL
 
 
 class BladeControlNetApply:
@@ -90,6 +90,7 @@ class BladeControlNetApply:
                 ),
                 **DIALS,
                 **FROZEN_DIAL,
+                **COMPILE_DIAL,
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -109,6 +110,7 @@ class BladeControlNetApply:
         on_failure: str = "fallback",
         enabled: bool = True,
         frozen_change: str = "rebuild",
+        compile: str = "first",
         unique_id: str | None = None,
     ) -> tuple[Any, Any]:
         config = OptimizeConfig(
@@ -116,6 +118,7 @@ class BladeControlNetApply:
             freeze_weights=freeze_weights,
             on_failure=on_failure,
             frozen_change=frozen_change,
+            compile=compile,
         )
         if enabled and strength != 0:
             control_net = optimize_controlnet(control_net, config, node_id=unique_id)

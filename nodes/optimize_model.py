@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..blade_core.config import BACKENDS, FROZEN_CHANGE, ON_FAILURE, OptimizeConfig
+from ..blade_core.config import BACKENDS, COMPILE, FROZEN_CHANGE, ON_FAILURE, OptimizeConfig
 from ..blade_core.host.model import optimize_model, without_blade
 
 DIALS: dict[str, Any] = {
@@ -60,6 +60,21 @@ FROZEN_DIAL: dict[str, Any] = {
 """With it, and optional: workflows from before it was there still run."""
 
 
+COMPILE_DIAL: dict[str, Any] = {
+    "compile": (
+        list(COMPILE),
+        {
+            "default": "first",
+            "tooltip": "What happens while graphs are missing. first: the first step of a new size "
+            "waits for them. background: other processes compile, and sampling goes on as without "
+            "Blade until they are done; costs their memory meanwhile, and the first image's "
+            "rounding differs a little from later ones'. Typical: first.",
+        },
+    ),
+}
+"""Optional, for the same reason."""
+
+
 class BladeOptimizeModel:
     """MODEL -> MODEL, every UNet block compiled."""
 
@@ -90,6 +105,7 @@ class BladeOptimizeModel:
             },
             "optional": {
                 **FROZEN_DIAL,
+                **COMPILE_DIAL,
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -102,6 +118,7 @@ class BladeOptimizeModel:
         on_failure: str,
         enabled: bool,
         frozen_change: str = "rebuild",
+        compile: str = "first",
         unique_id: str | None = None,
     ) -> tuple[Any]:
         config = OptimizeConfig(
@@ -109,6 +126,7 @@ class BladeOptimizeModel:
             freeze_weights=freeze_weights,
             on_failure=on_failure,
             frozen_change=frozen_change,
+            compile=compile,
         )
         if not enabled:
             return (without_blade(model),)

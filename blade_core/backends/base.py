@@ -33,6 +33,15 @@ class Backend(Protocol):
         """
         ...
 
+    def job(self, request: GraphRequest) -> bytes | None:
+        """Return the request as work for another process, or None where only this one can
+        compile it."""
+        ...
+
+    def compile_job(self, job: bytes) -> bytes:
+        """In that process: return the artifact, or raise."""
+        ...
+
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
         """Return the graph stored in `artifact`, which `compile` made for an equal request."""
         ...

@@ -6,13 +6,11 @@ it tests the state machine in seconds.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
 
-from ..graph import Compiled, GraphFunction, GraphRequest, trace
+from ..graph import Compiled, GraphFunction, GraphRequest, dump, trace, undump
 
 
 class EagerBackend:
@@ -28,20 +26,20 @@ class EagerBackend:
 
     def compile(self, request: GraphRequest) -> Compiled:
         module = trace(request)
-        stream = io.BytesIO()
-        torch.save(module, stream)
-        artifact = stream.getvalue()
+        artifact = dump(module)
         nbytes = len(artifact)
         if request.frozen:
             nbytes += sum(w.nbytes for w in request.weights)
         return Compiled(_function(module, request), artifact, nbytes)
 
+    def job(self, request: GraphRequest) -> bytes | None:
+        return None if request.frozen else dump(trace(request))
+
+    def compile_job(self, job: bytes) -> bytes:
+        return job
+
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
-        with suppress(ImportError):  # torch 2.0 has no such module
-            # Unpickling a graph asks for it without importing it.
-            import torch._higher_order_ops.triton_kernel_wrap
-        module = torch.load(io.BytesIO(artifact), weights_only=False)
-        return _function(module, request)
+        return _function(undump(artifact), request)
 
 
 def _function(module: torch.fx.GraphModule, request: GraphRequest) -> GraphFunction:

@@ -8,20 +8,22 @@ stored and loaded without tracing. Where this torch does not have it (before 2.8
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import NotPrivate, first_line, is_cancel, is_out_of_memory
-from ..graph import Compiled, GraphFunction, GraphRequest, trace
+from ..graph import Compiled, GraphFunction, GraphRequest, dump, trace, undump
 from ..kernels.passes import KERNELS, use_kernels
+from ..key import set_switches, switches
 from ..log import warn_once
 from ..private import why_not_private
 
@@ -42,6 +44,8 @@ _OPTIONS: dict[str, Any] = {
 
 _UNKNOWN_BYTES = 4 * 2**20
 """What a graph counts with that cannot be stored, and so cannot be measured: a typical size."""
+
+_Built = TypeVar("_Built")
 
 _MIN_CAPABILITY = (7, 0)  # Triton's own limit
 _KERNELS_CAPABILITY = (8, 0)  # Blade's own kernels were written for tensor cores of that age
@@ -69,16 +73,45 @@ class InductorBackend:
         return f"inductor {torch.__version__} {options} {kernels}"
 
     def compile(self, request: GraphRequest) -> Compiled:
-        module = trace(request)
-        if not _runs_kernels(request.device) or not use_kernels(module, self.kernels):
-            return _build(module, request)
+        return self._with_kernels(
+            request.device, lambda: trace(request), lambda module: _build(module, request)
+        )
+
+    def job(self, request: GraphRequest) -> bytes | None:
+        if request.frozen or not hasattr(torch._inductor, "standalone_compile"):
+            return None
+        tensors = (*request.weights, *request.inputs)
+        job = _Job(
+            dump(trace(request)),
+            [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors],
+            self.kernels,
+            switches(),
+        )
+        return pickle.dumps(tuple(job))
+
+    def compile_job(self, job: bytes) -> bytes:
+        todo = _Job(*pickle.loads(job))
+        set_switches(todo.switches)
+        *_, device = todo.tensors[0]
+        return replace(self, kernels=todo.kernels)._with_kernels(device, todo.trace, _build_alone)
+
+    def _with_kernels(
+        self,
+        device: torch.device,
+        trace: Callable[[], torch.fx.GraphModule],
+        build: Callable[[torch.fx.GraphModule], _Built],
+    ) -> _Built:
+        """Build what is traced with Blade's kernels, or without where they cannot be compiled."""
+        module = trace()
+        if not _runs_kernels(device) or not use_kernels(module, self.kernels):
+            return build(module)
         try:
-            return _build(module, request)
+            return build(module)
         except Exception as error:  # whatever Triton raises where it cannot compile them
             if is_cancel(error) or is_out_of_memory(error):
                 raise
             warn_once(f"Blade's own kernels cannot be compiled here: {first_line(error)}")
-            return _build(trace(request), request)
+            return build(trace())
 
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
         from torch._inductor import CompiledArtifact
@@ -142,6 +175,47 @@ def _build(module: torch.fx.GraphModule, request: GraphRequest) -> Compiled:
     if request.frozen:
         nbytes += sum(w.nbytes for w in request.weights)
     return Compiled(_function(call, frozen=request.frozen), artifact, nbytes)
+
+
+class _Job(NamedTuple):
+    """A graph for another process.
+
+    graph: traced, before any pass, as `graph.dump` gives it.
+    tensors: shape, strides, dtype and device of each argument.
+    """
+
+    graph: bytes
+    tensors: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]]
+    kernels: tuple[str, ...]
+    switches: dict[str, bool]
+
+    def trace(self) -> torch.fx.GraphModule:
+        """The graph with what tracing notes for each node, which does not travel."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        with FakeTensorMode():
+            fake = [
+                torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                for shape, stride, dtype, device in self.tensors
+            ]
+            return make_fx(undump(self.graph))(*fake)
+
+
+def _build_alone(module: torch.fx.GraphModule) -> bytes:
+    """The artifact of a graph whose arguments are known by their form only."""
+    for node in module.graph.nodes:
+        if "val" in node.meta:
+            node.meta["example_value"] = node.meta["val"]  # by its name in standalone_compile
+    fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    with torch.no_grad():
+        compiled = torch._inductor.standalone_compile(
+            module, fake, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}
+        )
+    artifact = _artifact(compiled)
+    if artifact is None:
+        raise RuntimeError("torch cannot store this graph")
+    return artifact
 
 
 def _function(call: Callable[..., Any], *, frozen: bool) -> GraphFunction:

@@ -90,6 +90,12 @@ class TorchBladeBackend:
         # A traced module keeps the inputs that it was traced with in VRAM; a loaded one does not.
         return Compiled(self.load(artifact, request), artifact, nbytes)
 
+    def job(self, request: GraphRequest) -> bytes | None:
+        return None  # it wants the live module and its weights
+
+    def compile_job(self, job: bytes) -> bytes:
+        raise NotImplementedError
+
     @torch.inference_mode(False)  # or the graph's own tensors would be refused outside of it
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
         _require()  # importing it registers the engines' class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,14 @@ from .weights import HOST_STATE, Slot, UnitWeights, checksum, in_format, paramet
 
 Signature = tuple[Any, ...]
 
+_FEW = 4
+"""Missing graphs below which starting other processes takes longer than it saves."""
+
+_PATIENCE_SECONDS = 0.25
+"""How long a call may trace for the background: a step of a UNet without Blade takes no less."""
+
+_COMPILING = "its graphs are being compiled"
+
 
 @dataclass
 class RunContext:
@@ -43,13 +52,28 @@ class RunContext:
     freeze: bool
     checkpoint: Callable[[], None]
     announce: Callable[[GraphKey], None]
+    beside: Callable[[], None]
     bound: Callable[[], None]
     weights_changed: Callable[[], None]
     projections: Projections
+    parallel: bool = False
+    """Whether other processes compile."""
+    pending: bool = False
+    """Whether units ran uncompiled in this call, because they do."""
+    patience: float = 0.0
+    """When, on the monotonic clock, this call has traced enough for them."""
     pieces: Replayer | None = None
     """Captures blocks one by one in this call, because the call as a whole cannot be."""
     cut: str | None = None
     """Why what ran in this call cannot be captured."""
+
+    def begin_call(self) -> None:
+        self.pieces = self.cut = None
+        self.pending = False
+        self.patience = time.monotonic() + _PATIENCE_SECONDS
+
+    def out_of_patience(self) -> bool:
+        return time.monotonic() > self.patience
 
 
 class Call(NamedTuple):
@@ -72,10 +96,14 @@ class Unit:
         self._resident: tuple[torch.Tensor, ...] = ()
         self._frozen: str | None = None
         self._frozen_keys = frozen_keys
+        self._asked: dict[Signature, int] = {}
+        """Graphs that other processes compile, and how many of their jobs had ended when it was
+        last asked for."""
 
     def begin(self, device: torch.device, dtype: torch.dtype, run: RunContext) -> str | None:
         """Take up the weights as they are now; return why the unit cannot run compiled."""
         self.graphs.clear()
+        self._asked.clear()
         reason = self.weights.prepare(device, dtype, run.memory_format)
         if reason is None and self.weights.resident:
             self._resident = tuple(self.weights.current())
@@ -115,40 +143,61 @@ class Unit:
         if self.weights.resident:
             if graph is None:
                 graph = self._bind(key, Call(args, inputs, self._resident), run)
-            return graph.call(self._resident, inputs)
-        weights, held = self.weights.resolve()
-        try:
-            if graph is None:
-                graph = self._bind(key, Call(args, inputs, weights), run)
-            return graph.call(weights, inputs)
-        finally:
-            self.weights.release(held)
+            if graph is not None:
+                return graph.call(self._resident, inputs)
+        else:
+            weights, held = self.weights.resolve()
+            try:
+                if graph is None:
+                    graph = self._bind(key, Call(args, inputs, weights), run)
+                if graph is not None:
+                    return graph.call(weights, inputs)
+            finally:
+                self.weights.release(held)
+        run.pending = True
+        result: torch.Tensor = self.step.unit(*args)
+        return result
 
-    def _bind(self, signature: Signature, call: Call, run: RunContext) -> Graph:
-        """Take the graph of the first backend that can compile this unit."""
+    def _bind(self, signature: Signature, call: Call, run: RunContext) -> Graph | None:
+        """Take the graph of the first backend that can compile this unit; None while another
+        process does."""
         for backend in run.backends:
             key = self._key(backend, call, run)
             old = self._frozen_keys.get(signature, key)
             if old.frozen != key.frozen:
                 run.weights_changed()
             try:
-                graph = run.engine.graph(
-                    key,
-                    backend,
-                    partial(self._request, key, call, run),
-                    checkpoint=run.checkpoint,
-                    announce=run.announce,
-                )
+                graph = self._ask(signature, key, backend, call, run)
             except CompileFailed as error:
                 if error.transient or backend is run.backends[-1]:
                     raise
                 warn_once(f"{error} The next compiler is tried.")
                 continue
+            if graph is None:
+                return None
             self._drop_frozen(signature, key, run)
             self.graphs[signature] = graph
             run.bound()
             return graph
         raise AssertionError("a run has at least one backend")
+
+    def _ask(
+        self, signature: Signature, key: GraphKey, backend: Backend, call: Call, run: RunContext
+    ) -> Graph | None:
+        engine = run.engine
+        ask: Callable[..., Graph | None] = engine.graph
+        if run.parallel and key.frozen is None:
+            background = run.config.compile == "background"
+            if background and (
+                self._asked.get(signature) == engine.jobs.finished or run.out_of_patience()
+            ):
+                return None
+            if background or signature not in self._asked:
+                least = 1 if background else _FEW
+                ask = partial(engine.soon, least=least, beside=run.beside)
+                self._asked[signature] = engine.jobs.finished
+        request = partial(self._request, key, call, run)
+        return ask(key, backend, request, checkpoint=run.checkpoint, announce=run.announce)
 
     def _key(self, backend: Backend, call: Call, run: RunContext) -> GraphKey:
         specs = iter([TensorSpec.of(t) for t in call.inputs])
@@ -197,6 +246,7 @@ class OptimizedBlock:
         self._unreadable: str | None = None  # for as long as the block does not change
         self.reasons: set[str] = set()  # why calls of this run were eager
         self.compiled_calls = 0
+        self._pending = False  # units of the last call ran uncompiled
         self.changes = 0  # how often it was read anew
         self._frozen_keys: list[dict[Signature, GraphKey]] = []
         self._seen: list[tuple[nn.Module, dict[str, Any]]] = []
@@ -292,14 +342,17 @@ class OptimizedBlock:
             result = compute(tensors)
         else:
             key = (self.name, shape, *[(t.shape, t.dtype) for t in tensors])
-            work = Work(compute, self._why_not_captured, self._graphs_in_use)
+            work = Work(compute, self._why_not_captured, self._graphs_in_use, lambda: run.pending)
             result = run.pieces(key, work, tensors)
         if self.transformers:
             # Patches of other blocks count on what the host's transformers leave behind.
             options["activations_shape"] = list(h.shape)
             if "transformer_index" in options:
                 options["transformer_index"] += self.transformers
-        self.compiled_calls += 1
+        if self._pending:
+            self.reasons.add(_COMPILING)
+        else:
+            self.compiled_calls += 1
         return result
 
     def _compute(
@@ -309,10 +362,13 @@ class OptimizedBlock:
         values["output_shape"] = output_shape
         # A piece is a capture of its own: it keeps nothing from one replay to the next.
         project = run.projections if run.pieces is None else Projection.__call__
+        others_pending, run.pending = run.pending, False
         for unit in self.units:
             step = unit.step
             arguments = step.arguments(values, project)
             values[step.writes] = unit(arguments, run)
+        self._pending = run.pending
+        run.pending |= others_pending
         if run.cut is None:
             run.cut = self._why_not_captured()
         result = values["h"]

@@ -208,7 +208,7 @@ class OptimizedControlNet(OptimizedModel):
                 return residuals
             finally:
                 self._projections.end_call()
-                self._progress.finish()
+                self._progress.finish(self._is_pending())
 
     def _run_block(
         self,

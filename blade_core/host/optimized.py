@@ -19,7 +19,7 @@ from torch import nn
 
 from ..backends import Backend
 from ..capture import CaptureBudget, CapturePool, Replayer, Work
-from ..config import OptimizeConfig
+from ..config import OptimizeConfig, compile_workers
 from ..engine import Engine
 from ..errors import BackendUnavailable, UnknownStructure, WeightsFrozen
 from ..key import GraphKey, environment
@@ -113,7 +113,7 @@ class OptimizedModel:
                 replayer.reasons.add(reason)
             return None
         for run in runs:
-            run.pieces = run.cut = None
+            run.begin_call()
         runs[0].checkpoint()  # a replay passes none of the places where the host looks for one
         result = replayer.replay(signature, tensors)
         if result is not None:
@@ -124,6 +124,7 @@ class OptimizedModel:
             work,
             lambda: next((run.cut for run in runs if run.cut is not None), None),
             lambda: [model._graphs_in_use() for model in models],
+            lambda: any(run.pending for run in runs),
         )
         result = replayer(signature, captured, tensors)
         if within and self._pool.get(signature) is not None:
@@ -157,6 +158,8 @@ class OptimizedModel:
         """Begin a run if none is under way; None if this model has to run as stock."""
         if self._run is None or self._moved(x):
             self._begin(model, x, progress, freeze)
+        if self._run is not None:
+            self._run.begin_call()
         return self._run
 
     def _begin(
@@ -195,9 +198,11 @@ class OptimizedModel:
             freeze=freeze,
             checkpoint=comfy.model_management.throw_exception_if_processing_interrupted,
             announce=self._announce,
+            beside=lambda: self._progress.beside(),
             bound=self._count_bound,
             weights_changed=self._weights_changed,
             projections=self._projections,
+            parallel=self._parallel(x.device),
         )
         classes = describe_classes(model)
         for block in self.blocks:
@@ -221,6 +226,15 @@ class OptimizedModel:
         self._keep_captures(x.device, run, self._describe_outer(model))
         self._run = run
         self._engine.counters.add(self.counters[0])
+
+    def _is_pending(self) -> bool:
+        return self._run is not None and self._run.pending
+
+    def _parallel(self, device: torch.device) -> bool:
+        """Whether other processes are to compile. Where the user waits anyway only if asked for:
+        what their start costs has not been measured on enough machines."""
+        wanted = self.config.compile == "background" or compile_workers() is not None
+        return wanted and self._engine.jobs.usable(device)
 
     def _describe_outer(self, model: nn.Module) -> str | None:
         try:

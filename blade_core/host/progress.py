@@ -19,6 +19,13 @@ class CompileProgress:
         self._bar: comfy.utils.ProgressBar | None = None
         self._start = 0.0
         self._graphs = 0
+        self._beside = 0
+
+    def beside(self) -> None:
+        """One more graph is left to another process, while sampling goes on."""
+        self._beside += 1
+        text = f"{self._beside} graphs being compiled beside sampling, which is not faster yet"
+        say(text, self._node_id)
 
     def compiling(self, key: GraphKey, done: int, total: int) -> None:
         """`done` of `total` units have their graph; that of `key` is compiled now."""
@@ -31,8 +38,14 @@ class CompileProgress:
         # Short enough for one line of a node at its default width.
         say(f"{done + 1}/{total} {key.label}, {seconds:.0f} s", self._node_id)
 
-    def finish(self) -> None:
-        """Say what was compiled, and take the bar off the node."""
+    def finish(self, pending: bool) -> None:
+        """At the end of a call: say what was compiled, and take the bar off the node.
+
+        pending: graphs of this call are still being compiled elsewhere.
+        """
+        if self._beside and not pending:
+            say(f"{self._beside} graphs compiled", self._node_id)
+            self._beside = 0
         if self._bar is None:
             return
         self._bar = None

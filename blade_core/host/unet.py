@@ -146,7 +146,7 @@ class OptimizedUNet(OptimizedModel):
             self._join()
             self._join = _nothing
             self._projections.end_call()
-            self._progress.finish()
+            self._progress.finish(self._is_pending())
 
     def _run_block(
         self,

@@ -36,7 +36,7 @@ def read_sizes(text: str) -> list[tuple[int, int]]:
     for word in re.split(r"[,;\n]+", text):
         if not word.strip():
             continue
-        found = re.fullmatch(r"\s*(\d+)\s*[xX×]\s*(\d+)\s*", word)
+        found = re.fullmatch(r"\s*(\d+)\s*[xX\u00d7]\s*(\d+)\s*", word)
         size = (int(found[1]), int(found[2])) if found else None
         if size is None or any(n % _CELL or not 16 <= n <= _LARGEST for n in size):
             raise InvalidChoice(

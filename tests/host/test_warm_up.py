@@ -1,4 +1,4 @@
-"""BladeWarmUp and BladeClearCache: what was got ready is not compiled later; what was cleared is."""
+"""BladeWarmUp and BladeClearCache: what was got ready is not compiled, what was cleared is."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_model_without_blade_is_not_sampled(session: Session, sd15: Any) -> No
 
 
 def test_sizes_and_batches_as_people_write_them() -> None:
-    assert read_sizes(" 512x768,1024 X 512;\n64×16, 512x768,") == [
+    assert read_sizes(" 512x768,1024 X 512;\n64\u00d716, 512x768,") == [
         (512, 768),
         (1024, 512),
         (64, 16),
@@ -75,13 +75,13 @@ def test_sizes_and_batches_as_people_write_them() -> None:
     ["", " , ", "512", "512x", "512x510", "8x64", "512x512x512", "-64x64", "0x64", "99999x64"],
 )
 def test_what_is_no_size_is_named(text: str) -> None:
-    with pytest.raises(InvalidChoice, match="^sizes (has '|is empty)"):
+    with pytest.raises(InvalidChoice, match=r"^sizes (has '|is empty)"):
         read_sizes(text)
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "one", "5000", "1x2"])
 def test_what_is_no_batch_size_is_named(text: str) -> None:
-    with pytest.raises(InvalidChoice, match="^batch_sizes (has '|is empty)"):
+    with pytest.raises(InvalidChoice, match=r"^batch_sizes (has '|is empty)"):
         read_batches(text)
 
 

@@ -31,7 +31,7 @@ CONTROLNETS = {
     "control_v11f1p_sd15_depth_fp16.safetensors": "sd15-control-b",
 }
 """The examples' files, and which fixtures take their places."""
-DIALS = ("backend", "freeze_weights", "on_failure", "enabled", "frozen_change")
+DIALS = ("backend", "freeze_weights", "on_failure", "enabled", "frozen_change", "compile")
 """What BladeControlNetApply takes and stock's node does not."""
 
 

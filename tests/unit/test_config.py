@@ -29,6 +29,7 @@ def test_defaults() -> None:
         "rebuild",
         True,
         ("group_norm", "short_attention"),
+        "first",
     )
     assert not config.strict
     assert OptimizeConfig(on_failure="error").strict

@@ -55,6 +55,12 @@ class Fake:
             raise self.error
         return Compiled(lambda w, x: self.spoil(request.eager(w, x)), None, 7)
 
+    def job(self, request: GraphRequest) -> bytes | None:
+        return None
+
+    def compile_job(self, job: bytes) -> bytes:
+        raise NotImplementedError
+
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
         raise NotImplementedError
 

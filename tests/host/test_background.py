@@ -1,0 +1,150 @@
+"""Graphs compiled by other processes: while sampling goes on, or all at once before it does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blade_tests.host.control_nets import image, make_controlnet, prompts
+from blade_tests.host.tiny import SD15, SDXL, make_model, relative_rms, sample
+
+from blade.blade_core.config import OptimizeConfig
+from blade.blade_core.engine import Engine
+from blade.blade_core.host.controlnet import apply_controlnet, optimize_controlnet
+from blade.blade_core.host.model import Session, optimize_model
+
+BOUND = 1e-4
+PATIENCE = 120.0
+BACKGROUND = OptimizeConfig(backend="eager", on_failure="error", compile="background")
+FIRST = OptimizeConfig(backend="eager", on_failure="error")
+
+# Launched is what every first run here is.
+pytestmark = pytest.mark.parametrize("session", ["captured"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _two_processes(monkeypatch: pytest.MonkeyPatch, session: Session) -> Iterator[None]:
+    monkeypatch.setenv("BLADE_COMPILE_WORKERS", "2")
+    yield
+    session.engine.jobs.close()
+
+
+def until_done(session: Session, sampled: Callable[[], Any], *, runs: int = 200) -> int:
+    """Sample until nothing is left to compile; return how many runs that took."""
+    end = time.monotonic() + PATIENCE
+    for run in range(runs):
+        before = session.engine.counters.snapshot()
+        sampled()
+        if session.engine.counters["blocks_eager"] == before["blocks_eager"]:
+            return run
+        assert time.monotonic() < end
+    raise AssertionError("it never ended")
+
+
+@pytest.mark.parametrize("config", [SD15, SDXL], ids=["sd15", "sdxl"])
+def test_nobody_waits_and_every_image_is_right(session: Session, config: dict[str, Any]) -> None:
+    model = make_model(config)
+    expected = sample(model, steps=4)
+    optimized = optimize_model(model, BACKGROUND)
+    images = []
+
+    def sampled() -> None:
+        images.append(sample(optimized, steps=4))
+
+    with session.engine.counters.expect(blocks_compiled=0, graphs_compiled=0, compile_failures=0):
+        sampled()  # long before the first process has started
+    (report,) = session.stats(model.model.diffusion_model, BACKGROUND)["models"]
+    assert {reason for block in report["blocks"] for reason in block["reasons"]} == {
+        "its graphs are being compiled"
+    }
+    until_done(session, sampled)
+    assert max(relative_rms(image, expected) for image in images) <= BOUND
+    graphs = session.engine.counters["graphs_compiled"]
+    assert graphs == len(session.engine.cache)
+    with session.engine.counters.expect(graphs_compiled=0, blocks_eager=0, blocks_compiled=9):
+        sampled()
+
+
+def test_a_step_is_captured_when_all_its_graphs_are_there(session: Session, sd15: Any) -> None:
+    optimized = optimize_model(sd15, BACKGROUND)
+    with session.engine.counters.expect(captures=0, replays=0):
+        sample(optimized, steps=4)
+    until_done(session, lambda: sample(optimized, steps=4))
+    (report,) = session.stats(sd15.model.diffusion_model, BACKGROUND)["models"]
+    assert report["captures"] == 1 and report["not_captured"] == []
+    with session.engine.counters.expect(replays=4):
+        sample(optimized, steps=4)
+
+
+def test_the_same_graphs_as_one_after_another(session: Session, sd15: Any) -> None:
+    """`first` with processes: the first step as stock, the second waits for all of them."""
+    expected = sample(sd15, steps=3)
+    optimized = optimize_model(sd15, FIRST)
+    assert relative_rms(sample(optimized, steps=3), expected) <= BOUND
+    assert session.engine.jobs.finished == session.engine.counters["graphs_compiled"] > 4
+    keys = {key.id for key in session.engine.cache.all_keys()}
+    session.engine, one_by_one = Engine(), session.engine
+    session.engine.jobs.usable = lambda device: False  # type: ignore[method-assign]
+    try:
+        sample(optimize_model(make_model(SD15), FIRST), steps=3)
+        assert {key.id for key in session.engine.cache.all_keys()} == keys
+    finally:
+        session.engine = one_by_one
+    with session.engine.counters.expect(graphs_compiled=0, blocks_eager=0):
+        sample(optimized, steps=3)
+
+
+def test_other_sizes_meanwhile(session: Session, sd15: Any) -> None:
+    optimized = optimize_model(sd15, BACKGROUND)
+    for size in ((16, 16), (8, 24)):
+        expected = sample(sd15, size=size, batch=2)
+        sampled = sample(optimized, size=size, batch=2)
+        assert relative_rms(sampled, expected) <= BOUND
+    for size in ((16, 16), (8, 24)):
+        until_done(session, lambda size=size: sample(optimized, size=size, batch=2))
+
+
+def test_controlnets_too(session: Session, sd15: Any) -> None:
+    control, hint = make_controlnet(SD15), image()
+    positive, negative = prompts().values()
+
+    def apply(control_net: Any) -> dict[str, Any]:
+        both = apply_controlnet(positive, negative, control_net, hint, 0.8, 0.0, 1.0)
+        return {"positive": both[0], "negative": both[1], "steps": 3}
+
+    expected = sample(sd15, **apply(control))
+    model = optimize_model(sd15, BACKGROUND)
+    images = []
+
+    def sampled() -> None:
+        net = optimize_controlnet(control, BACKGROUND)
+        images.append(sample(model, **apply(net)))
+
+    sampled()
+    until_done(session, sampled)
+    assert max(relative_rms(image, expected) for image in images) <= BOUND
+    with session.engine.counters.expect(graphs_compiled=0, blocks_eager=0, control_runs=1):
+        sampled()
+
+
+def test_what_is_on_disk_is_not_given_away(session: Session, sd15: Any, tmp_path: Path) -> None:
+    for compiled in (True, False):
+        session.engine.jobs.close()
+        session.engine = Engine(store=(tmp_path, 2**30))
+        session.captures.counters = session.engine.counters
+        optimized = optimize_model(make_model(SD15), BACKGROUND)
+        sample(optimized)
+        assert (session.engine.counters["graphs_loaded"] == 0) is compiled
+        until_done(session, lambda model=optimized: sample(model))
+        assert (session.engine.jobs.finished > 0) is compiled
+
+
+def test_frozen_weights_are_compiled_here(session: Session, sd15: Any) -> None:
+    expected = sample(sd15)
+    config = OptimizeConfig(backend="eager", freeze_weights=True, compile="background")
+    with session.engine.counters.expect(blocks_eager=0, blocks_compiled=9):
+        assert relative_rms(sample(optimize_model(sd15, config)), expected) <= BOUND
+    assert session.engine.jobs.finished == 0

@@ -1,0 +1,249 @@
+"""Graphs that other processes compile: real processes, which trace nothing and know no host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from blade_tests.unit.samples import CPU, Unit, inputs_of, request_of
+
+from blade.blade_core.backends import BACKENDS, Backend
+from blade.blade_core.engine import Engine
+from blade.blade_core.errors import InvalidChoice
+from blade.blade_core.graph import Graph, GraphRequest
+from blade.blade_core.jobs import worker_count
+from blade.blade_core.key import set_switches, switches
+from blade.blade_core.log import forget_said
+
+PATIENCE = 120.0
+EAGER = BACKENDS["eager"]
+
+
+@pytest.fixture(autouse=True)
+def _two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLADE_COMPILE_WORKERS", "2")
+    forget_said()
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = Engine(budget=2**30)
+    assert engine.jobs.usable(CPU)
+    yield engine
+    engine.jobs.close()
+
+
+def nothing(*_: object) -> None:
+    pass
+
+
+def soon(
+    engine: Engine, request: GraphRequest, backend: Backend = EAGER, *, least: int = 1
+) -> Graph | None:
+    return engine.soon(
+        request.key,
+        backend,
+        lambda: request,
+        least=least,
+        checkpoint=nothing,
+        announce=nothing,
+        beside=nothing,
+    )
+
+
+def now(
+    engine: Engine,
+    request: GraphRequest,
+    backend: Backend = EAGER,
+    checkpoint: Callable[[], None] = nothing,
+) -> Graph:
+    return engine.graph(
+        request.key, backend, lambda: request, checkpoint=checkpoint, announce=nothing
+    )
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def requests(count: int) -> list[GraphRequest]:
+    return [request_of(inputs=inputs_of((2, 4, 8, 8 * (n + 1)))) for n in range(count)]
+
+
+def same(graph: Graph, request: GraphRequest) -> bool:
+    result = graph.call(request.weights, request.inputs)
+    return torch.allclose(result, request.eager(request.weights, request.inputs), atol=1e-5)
+
+
+def test_another_process_compiles_what_is_asked_for_soon(engine: Engine) -> None:
+    wanted = requests(3)
+    assert [soon(engine, request) for request in wanted] == [None] * 3
+    assert engine.counters["graphs_compiled"] == 0
+    until(lambda: engine.jobs.finished == 3)
+    with engine.counters.expect(graphs_compiled=3, graphs_loaded=0, compile_failures=0):
+        graphs = [soon(engine, request) for request in wanted]
+    assert all(g is not None and same(g, r) for g, r in zip(graphs, wanted, strict=True))
+    with engine.counters.expect(cache_hits=1):
+        assert soon(engine, wanted[0]) is graphs[0]
+    other = request_of(Unit(), inputs_of((2, 4, 8, 8)))
+    assert same(now(engine, other), other)  # other weights, the same graph
+
+
+def test_who_cannot_go_on_waits_for_it(engine: Engine) -> None:
+    (request,) = requests(1)
+    assert soon(engine, request) is None
+    asked = []
+    with engine.counters.expect(graphs_compiled=1):
+        graph = now(engine, request, checkpoint=lambda: asked.append(engine.jobs.finished))
+    assert same(graph, request)
+    assert 0 in asked  # a user could have cancelled meanwhile
+
+
+def test_cancel_while_waiting_loses_nothing(engine: Engine) -> None:
+    class Cancelled(Exception):
+        pass
+
+    def cancel() -> None:
+        raise Cancelled
+
+    (request,) = requests(1)
+    assert soon(engine, request) is None
+    with pytest.raises(Cancelled):
+        now(engine, request, checkpoint=cancel)
+    with engine.counters.expect(graphs_compiled=1):
+        assert same(now(engine, request), request)
+    assert engine.jobs.finished == 1
+
+
+def test_few_graphs_are_not_worth_a_process(engine: Engine) -> None:
+    few = requests(3)
+    assert [soon(engine, request, least=4) for request in few] == [None] * 3
+    assert [soon(engine, request, least=4) for request in few] == [None] * 3  # still held
+    assert all(same(now(engine, request), request) for request in few)
+    assert engine.jobs.finished == 0 and engine.counters["graphs_compiled"] == 3
+    many = [request_of(inputs=inputs_of((1, 4, 8, 8 * (n + 1)))) for n in range(4)]
+    assert [soon(engine, request, least=4) for request in many] == [None] * 4
+    assert all(same(now(engine, request), request) for request in many)
+    assert engine.jobs.finished == 4 and engine.counters["graphs_compiled"] == 7
+
+
+def test_a_process_that_dies_costs_a_warning(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    (request,) = requests(1)
+    assert soon(engine, request) is None
+    workers = engine.jobs._workers
+    assert workers is not None
+    until(lambda: len(workers._processes) == 1)
+    for process in list(workers._processes):
+        os.kill(process.pid, signal.SIGTERM)
+    until(lambda: engine.jobs.finished == 1)
+    with engine.counters.expect(graphs_compiled=1, compile_failures=0):
+        graph = soon(engine, request)  # compiled here
+    assert graph is not None and same(graph, request)
+    assert any("the process ended" in message for message in caplog.messages)
+    (other,) = [request_of(inputs=inputs_of((1, 4, 8, 8)))]
+    assert soon(engine, other) is None  # and the next has a new process
+    assert same(now(engine, other), other) and engine.jobs.finished == 2
+
+
+class Broken(type(EAGER)):  # type: ignore[misc]
+    """Leaves work to other processes that they cannot do."""
+
+    name = "inductor"
+
+    def job(self, request: GraphRequest) -> bytes:
+        return b"no job"
+
+
+def test_what_a_process_cannot_compile_is_compiled_here(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    (request,) = requests(1)
+    assert soon(engine, request, Broken()) is None
+    until(lambda: engine.jobs.finished == 1)
+    with engine.counters.expect(graphs_compiled=1, compile_failures=0):
+        assert same(now(engine, request, Broken()), request)
+    assert any("UnpicklingError" in message for message in caplog.messages)
+
+
+def test_what_only_this_process_can_compile_is_compiled_at_once(engine: Engine) -> None:
+    frozen = request_of(frozen=True)
+    graph = soon(engine, frozen)
+    assert graph is not None and same(graph, frozen)
+    assert engine.jobs.finished == 0
+
+
+def test_results_are_stored_as_they_come(tmp_path: Path) -> None:
+    first, second = (Engine(budget=2**30, store=(tmp_path, 2**30)) for _ in range(2))
+    assert first.jobs.usable(CPU) and first.store is not None
+    (request,) = requests(1)
+    assert soon(first, request) is None
+    until(lambda: first.jobs.finished == 1)
+    assert request.key in first.store  # although nobody took it
+    first.jobs.close()
+    with second.counters.expect(graphs_loaded=1, graphs_compiled=0):
+        graph = soon(second, request)
+    assert graph is not None and same(graph, request)
+
+
+def test_inductor_compiles_in_another_process(engine: Engine) -> None:
+    backend = BACKENDS["inductor"]
+    if backend.available(CPU) is not None:
+        pytest.skip("no inductor here")
+    (request,) = requests(1)
+    assert soon(engine, request, backend) is None
+    with engine.counters.expect(graphs_compiled=1, compile_failures=0):
+        assert same(now(engine, request, backend), request)
+    assert engine.jobs.finished == 1
+
+
+def test_switches_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = switches()
+    try:
+        for name in before:
+            if name == "math-sdp":
+                continue  # torch refuses attention with no kernel at all
+            wanted = before | {name: not before[name]}
+            set_switches(wanted)
+            if name in ("fp16-accumulation", "cudnn-sdp") and switches() == before:
+                continue  # this torch has no such switch
+            assert switches() == wanted, name
+    finally:
+        set_switches(before)
+    assert switches() == before
+
+
+def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worker_count(CPU) == 2
+    monkeypatch.setenv("BLADE_COMPILE_WORKERS", "0")
+    assert worker_count(CPU) == 0
+    assert not Engine().jobs.usable(CPU)
+    monkeypatch.delenv("BLADE_COMPILE_WORKERS")
+    assert worker_count(CPU) == 1
+    monkeypatch.setenv("BLADE_COMPILE_WORKERS", "many")
+    with pytest.raises(InvalidChoice, match="BLADE_COMPILE_WORKERS is 'many'"):
+        worker_count(CPU)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM is another thing there")
+def test_processes_do_not_outlive_the_engine(engine: Engine) -> None:
+    (request,) = requests(1)
+    now(engine, request)
+    assert soon(engine, request_of(inputs=inputs_of((1, 4, 8, 8)))) is None
+    workers = engine.jobs._workers
+    assert workers is not None
+    until(lambda: len(workers._processes) == 1)
+    processes = list(workers._processes)
+    engine.jobs.close()
+    for process in processes:
+        process.wait(timeout=PATIENCE)
