@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_other_sizes_meanwhile(session: Session, sd15: Any) -> None:
         sampled = sample(optimized, size=size, batch=2)
         assert relative_rms(sampled, expected) <= BOUND
     for size in ((16, 16), (8, 24)):
-        until_done(session, lambda size=size: sample(optimized, size=size, batch=2))
+        until_done(session, partial(sample, optimized, size=size, batch=2))
 
 
 def test_controlnets_too(session: Session, sd15: Any) -> None:
@@ -138,7 +139,7 @@ def test_what_is_on_disk_is_not_given_away(session: Session, sd15: Any, tmp_path
         optimized = optimize_model(make_model(SD15), BACKGROUND)
         sample(optimized)
         assert (session.engine.counters["graphs_loaded"] == 0) is compiled
-        until_done(session, lambda model=optimized: sample(model))
+        until_done(session, partial(sample, optimized))
         assert (session.engine.jobs.finished > 0) is compiled
 
 
