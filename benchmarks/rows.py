@@ -18,6 +18,7 @@ MEASURED: dict[str, str] = {
     "kernels_per_step": "kernels, copies and memsets on the GPU",
     "launches_per_step": "calls of the CUDA API that start them",
     "first_image_s": "seconds of the process's first sampling run of this scenario",
+    "ready_s": "seconds from its start until all graphs were there, where sampling did not wait",
     "cold": "whether nothing was compiled before that run, in memory or on disk",
     "warm_first_image_s": "seconds of the second run",
     "image_s": "median seconds of the second and all later runs",

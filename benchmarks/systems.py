@@ -101,6 +101,8 @@ SYSTEMS: dict[str, System] = {
     "blade": _blade(),
     # In a new process, with the graphs that "blade" left on disk in the same run.
     "blade-restart": replace(_blade(), restart=True),
+    # Sampling as stock until other processes have compiled everything.
+    "blade-background": _blade(compile="background"),
     # Without CUDA graphs: every kernel is launched from Python.
     "blade-uncaptured": _blade(capture=False),
     "blade-frozen": _blade(freeze_weights=True),
