@@ -99,23 +99,22 @@ class Engine:
 
         request: makes the request; called only to load or to compile.
         checkpoint: called before compiling and while waiting; raises to cancel.
-        announce: told the key before it is compiled, or another process is waited for.
+        announce: told the key before it is loaded, compiled, or waited for.
 
         Raises:
             CompileFailed: with the reason in words.
         """
 
         def build() -> Graph:
-            if self.jobs.pending(key):
+            waits = self.jobs.pending(key)
+            if waits:
                 announce(key)
-                self.jobs.wait(key, checkpoint)
+            self.jobs.wait(key, checkpoint)
             with self._alone(checkpoint):
-                wanted = request()
-                graph = self._load(backend, wanted)
-                if graph is None:
+                if not waits:
                     announce(key)
-                    graph = self._compile(backend, wanted)
-                return graph
+                wanted = request()
+                return self._load(backend, wanted) or self._compile(backend, wanted)
 
         return self.cache.get(key, build, checkpoint=checkpoint)
 
@@ -150,6 +149,8 @@ class Engine:
                     beside()
                     self.jobs.add(key, backend.name, job, wanted.device, least=least)
                     return None
+        if key in self.jobs:  # done: taking it over is nothing to tell
+            return self.graph(key, backend, request, checkpoint=checkpoint, announce=_nothing)
         return self.graph(key, backend, request, checkpoint=checkpoint, announce=announce)
 
     @contextmanager
@@ -236,6 +237,10 @@ class Engine:
         if self.store is not None and compiled.artifact is not None and not request.frozen:
             self.store.write(request.key, compiled.artifact)
         return Graph(request.key, compiled.call, compiled.nbytes, seconds, backend.capturable)
+
+
+def _nothing(_: GraphKey) -> None:
+    """There is nobody to tell."""
 
 
 def _chosen(name: str, config: OptimizeConfig) -> Backend:

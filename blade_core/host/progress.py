@@ -28,7 +28,7 @@ class CompileProgress:
         say(text, self._node_id)
 
     def compiling(self, key: GraphKey, done: int, total: int) -> None:
-        """`done` of `total` units have their graph; that of `key` is compiled now."""
+        """`done` of `total` units have their graph; that of `key` is compiled or loaded now."""
         if self._bar is None:
             self._start = time.perf_counter()
             self._bar = comfy.utils.ProgressBar(total, node_id=self._node_id)
@@ -39,7 +39,7 @@ class CompileProgress:
         say(f"{done + 1}/{total} {key.label}, {seconds:.0f} s", self._node_id)
 
     def finish(self, pending: bool) -> None:
-        """At the end of a call: say what was compiled, and take the bar off the node.
+        """At the end of a call: say what is ready, and take the bar off the node.
 
         pending: graphs of this call are still being compiled elsewhere.
         """
@@ -50,7 +50,7 @@ class CompileProgress:
             return
         self._bar = None
         seconds = time.perf_counter() - self._start
-        say(f"{self._graphs} graphs compiled, first step {seconds:.0f} s", self._node_id)
+        say(f"{self._graphs} graphs ready, first step {seconds:.0f} s", self._node_id)
         if self._node_id is not None:
             get_progress_state().finish_progress(self._node_id)
 

@@ -153,9 +153,9 @@ def test_progress_ends_after_every_call_that_compiles(
         "blade.blade_core.host.progress.say", lambda text, node_id: texts.append(text)
     )
     sample(optimize_model(sd15, EAGER), **SHAPES["area"])
-    ends = [index for index, text in enumerate(texts) if "graphs compiled" in text]
+    ends = [index for index, text in enumerate(texts) if "graphs ready" in text]
     assert len(ends) == 2 and ends[-1] == len(texts) - 1
-    assert all(" of " not in text and "/18 " in text for text in texts if "compiled" not in text)
+    assert all(" of " not in text and "/18 " in text for text in texts if "ready" not in text)
 
 
 @pytest.mark.parametrize("session", ["launched"], indirect=True)  # a tape sees torch's own only

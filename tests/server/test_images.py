@@ -114,7 +114,7 @@ def test_progress_is_shown_while_compiling(pair: Pair) -> None:
     assert sorted(label for _, label in found) == sorted(new_labels)
     numbers = [int(number) for number, _ in found]
     assert numbers == sorted(set(numbers)) and numbers[-1] <= layers
-    assert re.fullmatch(rf"{len(new_labels)} graphs compiled, first step \d+ s", last)
+    assert re.fullmatch(rf"{len(new_labels)} graphs ready, first step \d+ s", last)
     # They come while it compiles, not all of them afterwards.
     assert events[-1].at - events[0].at > 0.5 * pair.blade.counted["compile_seconds"]
 

@@ -217,7 +217,7 @@ def test_checkpoint_and_announcement_come_before_the_compiler(engine: Engine) ->
             checkpoint=lambda: order.append(("checkpoint", backend.compiles)),
             announce=lambda key: order.append((key.label, backend.compiles)),
         )
-    assert order == [("checkpoint", 0), ("request", 0), ("Unit 4→8", 0)]
+    assert order == [("checkpoint", 0), ("Unit 4→8", 0), ("request", 0)]
 
 
 def test_who_waits_for_another_compile_can_be_cancelled(engine: Engine) -> None:
