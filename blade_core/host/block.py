@@ -1,4 +1,4 @@
-"""One block of a UNet: runs its units' graphs, or the host's own code with a reason."""
+"""One block of a model: runs its units' graphs, or leaves it to the host's code with a reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed
 from torch import nn
 
 from ..backends import Backend
@@ -23,8 +22,7 @@ from ..graph import Graph, GraphRequest, Positional, Static, skeleton
 from ..key import GraphKey, TensorSpec, digest
 from ..log import warn_once
 from ..structure import describe, modules_of, reads_training
-from .blocks import Step, count_transformers, program
-from .patches import BlockId, Patched
+from .blocks import Step
 from .projections import Projection, Projections
 from .step import not_capturable
 from .weights import HOST_STATE, Slot, UnitWeights, checksum, in_format, parameter_slots
@@ -236,11 +234,9 @@ class Unit:
 class OptimizedBlock:
     """A block, its units, and what became of it in the last run."""
 
-    def __init__(self, name: str, block_id: BlockId, block: nn.Module) -> None:
+    def __init__(self, name: str, block: nn.Module) -> None:
         self.name = name
-        self.block_id = block_id
         self.block = block
-        self.transformers = count_transformers(block)
         self.units: list[Unit] = []
         self.why_not: str | None = None  # for the whole run
         self._unreadable: str | None = None  # for as long as the block does not change
@@ -250,6 +246,10 @@ class OptimizedBlock:
         self.changes = 0  # how often it was read anew
         self._frozen_keys: list[dict[Signature, GraphKey]] = []
         self._seen: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def _program(self) -> list[Step] | str:
+        """The block's steps as it is now, or why it can only run as stock."""
+        raise NotImplementedError
 
     def read(self) -> None:
         """Look at the block anew: packs inject layers, hooks and patches between runs."""
@@ -286,25 +286,22 @@ class OptimizedBlock:
     def projections(self) -> list[Projection]:
         return [unit.step.projection for unit in self.units if unit.step.projection is not None]
 
-    def __call__(
+    def attempt(
         self,
-        h: torch.Tensor,
-        emb: torch.Tensor,
-        context: torch.Tensor | None,
-        options: dict[str, Any],
-        output_shape: Any,
-        video: tuple[Any, Any, Any],
+        tensors: dict[str, torch.Tensor],
+        statics: dict[str, Any],
+        reason: str | None,
         run: RunContext,
-        patched: Patched,
-    ) -> torch.Tensor:
-        reason = self.why_not or patched.reason(
-            self.block_id, self.block, attends=self.transformers > 0
-        )
-        if reason is None and context is None and self.transformers:
-            reason = "there is no context"
+    ) -> torch.Tensor | None:
+        """Run the units, or return None: then the host's own code has to run.
+
+        tensors, statics: what the steps read (blocks.py), by name.
+        reason: why the units cannot run in this call, if that is known.
+        """
+        reason = self.why_not or reason
         if reason is None:
             try:
-                return self._run(h, emb, context, options, output_shape, run)
+                return self._run(tensors, statics, run)
             except WeightsFrozen:
                 raise
             except CompileFailed as error:
@@ -320,46 +317,28 @@ class OptimizedBlock:
                 warn_once(f"{self.name} runs uncompiled: {reason}")
         self.reasons.add(reason)
         run.cut = f"{self.name} runs uncompiled"
-        return forward_timestep_embed(self.block, h, emb, context, options, output_shape, *video)
+        return None
 
     def _run(
-        self,
-        h: torch.Tensor,
-        emb: torch.Tensor,
-        context: torch.Tensor | None,
-        options: dict[str, Any],
-        output_shape: Any,
-        run: RunContext,
+        self, tensors: dict[str, torch.Tensor], statics: dict[str, Any], run: RunContext
     ) -> torch.Tensor:
-        # Only height and width count (Upsample.forward); the rest would split the key.
-        shape = None if output_shape is None else (0, 0, *output_shape[2:])
+        def compute(values: Sequence[torch.Tensor]) -> torch.Tensor:
+            return self._compute(dict(zip(tensors, values, strict=True)) | statics, run)
 
-        def compute(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-            return self._compute(tensors, shape, run)
-
-        tensors = [h, emb] if context is None else [h, emb, context]
+        values = list(tensors.values())
         if run.pieces is None:
-            result = compute(tensors)
+            result = compute(values)
         else:
-            key = (self.name, shape, *[(t.shape, t.dtype) for t in tensors])
+            key = (self.name, *statics.values(), *[(t.shape, t.dtype) for t in values])
             work = Work(compute, self._why_not_captured, self._graphs_in_use, lambda: run.pending)
-            result = run.pieces(key, work, tensors)
-        if self.transformers:
-            # Patches of other blocks count on what the host's transformers leave behind.
-            options["activations_shape"] = list(h.shape)
-            if "transformer_index" in options:
-                options["transformer_index"] += self.transformers
+            result = run.pieces(key, work, values)
         if self._pending:
             self.reasons.add(_COMPILING)
         else:
             self.compiled_calls += 1
         return result
 
-    def _compute(
-        self, tensors: Sequence[torch.Tensor], output_shape: Any, run: RunContext
-    ) -> torch.Tensor:
-        values: dict[str, Any] = dict(zip(("h", "emb", "context"), tensors, strict=False))
-        values["output_shape"] = output_shape
+    def _compute(self, values: dict[str, Any], run: RunContext) -> torch.Tensor:
         # A piece is a capture of its own: it keeps nothing from one replay to the next.
         project = run.projections if run.pieces is None else Projection.__call__
         others_pending, run.pending = run.pending, False
@@ -406,7 +385,7 @@ class OptimizedBlock:
         return True
 
     def _read_program(self) -> str | None:
-        steps = program(self.block)
+        steps = self._program()
         if isinstance(steps, str):
             self.units = []
             return steps

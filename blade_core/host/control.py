@@ -18,10 +18,11 @@ from comfy.cldm.cldm import ControlNet as ControlModel
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from torch import nn
 
-from .block import OptimizedBlock, RunContext
+from .block import RunContext
 from .optimized import OptimizedModel
 from .patches import UNPATCHED
 from .progress import CompileProgress
+from .unet_block import UNetBlock
 
 _LISTS = ("input_blocks", "zero_convs")
 _SINGLE = ("middle_block", "middle_block_out")
@@ -114,7 +115,7 @@ class OptimizedControlNet(OptimizedModel):
         this: Any = weakref.proxy(self)
 
         def hold(name: str, block: nn.Module) -> Holder:
-            optimized = OptimizedBlock(name, ("control", len(self.blocks)), block)
+            optimized = UNetBlock(name, ("control", len(self.blocks)), block)
             self.blocks.append(optimized)
             return Holder(partial(OptimizedControlNet._run_block, this, optimized))
 
@@ -212,7 +213,7 @@ class OptimizedControlNet(OptimizedModel):
 
     def _run_block(
         self,
-        block: OptimizedBlock,
+        block: UNetBlock,
         h: torch.Tensor,
         emb: torch.Tensor,
         context: torch.Tensor | None,

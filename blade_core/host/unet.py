@@ -18,12 +18,12 @@ from torch import nn
 from ..capture import CaptureBudget
 from ..config import OptimizeConfig
 from ..engine import Engine
-from .block import OptimizedBlock
 from .late import LateControl
 from .optimized import OptimizedModel
 from .patches import UNPATCHED, Patched, read_patches
 from .progress import CompileProgress
 from .step import Call, foreign_code, read_call
+from .unet_block import UNetBlock
 
 _CONTAINERS = (("input_blocks", "input"), ("middle_block", "middle"), ("output_blocks", "output"))
 
@@ -31,7 +31,7 @@ _CONTAINERS = (("input_blocks", "input"), ("middle_block", "middle"), ("output_b
 class Holder(nn.Module):
     """Stands for one block inside a call. The block is hidden from state_dict and parameters."""
 
-    def __init__(self, block: OptimizedBlock) -> None:
+    def __init__(self, block: UNetBlock) -> None:
         super().__init__()
         object.__setattr__(self, "optimized", block)
 
@@ -60,7 +60,7 @@ class OptimizedUNet(OptimizedModel):
             held = []
             for index, block in enumerate([module] if single else module):
                 name = container if single else f"{container}.{index}"
-                optimized = OptimizedBlock(name, (short, index), block)
+                optimized = UNetBlock(name, (short, index), block)
                 self.blocks.append(optimized)
                 held.append(openaimodel.TimestepEmbedSequential(Holder(optimized)))
             holders[container] = held[0] if single else nn.ModuleList(held)
@@ -161,7 +161,7 @@ class OptimizedUNet(OptimizedModel):
         # The host's forward_timestep_embed_patch handler; `video` is (time_context,
         # num_video_frames, image_only_indicator).
         assert self._run is not None
-        block: OptimizedBlock = holder.optimized  # type: ignore[assignment]
+        block: UNetBlock = holder.optimized  # type: ignore[assignment]
         if block.block_id[0] != "input":
             self._join()  # from here on the host adds what ControlNets gave
         return block(h, emb, context, options, output_shape, video, self._run, self._patched)
