@@ -23,6 +23,7 @@ NAMES = (
     "replays",  # UNet calls that were one replay
     "control_runs",  # of these, runs of an optimized ControlNet; a model twice in a chain is one
     "control_replays",  # ControlNet calls that were one replay
+    "vae_runs",  # decodes and encodes through an optimized VAE; each tile is one
     "hint_embeddings",  # control images that a ControlNet took up
 )
 

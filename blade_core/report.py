@@ -30,13 +30,22 @@ def as_text(stats: dict[str, Any]) -> str:
         lines.append("- This model does not run through Blade Optimize Model.")
     for model in stats["models"]:
         lines += ["", *_model(model)]
-    controlnets = stats.get("controlnets", ())
-    for number, controlnet in enumerate(controlnets, start=1):
-        several = f" {number} of {len(controlnets)}" if len(controlnets) > 1 else ""
-        lines += ["", *_model(controlnet | {"model": controlnet["model"] + several})]
+    for model in _numbered([*stats.get("controlnets", ()), *stats.get("vaes", ())]):
+        lines += ["", *_model(model)]
     if stats.get("loras"):
         lines += ["", "LoRAs", "", *_loras(stats["loras"])]
     return "\n".join(lines)
+
+
+def _numbered(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same, with those of one name told apart."""
+    names = [model["model"] for model in models]
+    return [
+        model | {"model": f"{name} {names[: i + 1].count(name)} of {names.count(name)}"}
+        if names.count(name) > 1
+        else model
+        for i, (name, model) in enumerate(zip(names, models, strict=True))
+    ]
 
 
 def _loras(loras: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from .clear_cache import BladeClearCache
 from .controlnet_apply import BladeControlNetApply
 from .fused_lora import BladeFusedLoRA
 from .optimize_model import BladeOptimizeModel
+from .optimize_vae import BladeOptimizeVAE
 from .report import BladeReport
 from .routes import register_routes
 from .warm_up import BladeWarmUp
@@ -16,6 +17,7 @@ ALL_NODES: tuple[Any, ...] = (
     BladeOptimizeModel,
     BladeFusedLoRA,
     BladeControlNetApply,
+    BladeOptimizeVAE,
     BladeReport,
     BladeWarmUp,
     BladeClearCache,

@@ -22,6 +22,7 @@ from .block import RunContext
 from .optimized import OptimizedModel
 from .patches import UNPATCHED
 from .progress import CompileProgress
+from .shadow import Holder
 from .unet_block import UNetBlock
 
 _LISTS = ("input_blocks", "zero_convs")
@@ -37,14 +38,6 @@ _MOST_HINTS = 8
 
 Residuals = dict[str, list[torch.Tensor]]
 """What the host adds to the UNet's: "output", one for each input block, and "middle"."""
-
-
-class Holder(nn.Module):
-    """Stands for one child of the ControlNet inside a call."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.forward = function
 
 
 class Hint(NamedTuple):

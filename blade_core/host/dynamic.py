@@ -11,6 +11,7 @@ import copy
 import weakref
 from typing import Any
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
@@ -40,22 +41,33 @@ def non_dynamic_clone(model: ModelPatcher) -> ModelPatcher:
     return clone
 
 
-_control_twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""The model of a ControlNet -> the patcher of its twin."""
+_patchers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""The model of a ControlNet or a VAE -> the patcher of its twin."""
 
 
 def non_dynamic_control_model(control: Any) -> tuple[nn.Module, ModelPatcher]:
-    """The model of a ControlNet and the patcher that loads it, the classic way.
+    """The model of a ControlNet and the patcher that loads it, the classic way."""
+    return _twin(control.control_model, control.control_model_wrapped)
 
-    Under dynamic VRAM that is a twin over the same main memory: nothing is read again.
+
+def non_dynamic_vae(vae: Any) -> tuple[nn.Module, ModelPatcher]:
+    """The model of a VAE and the patcher that loads it, the classic way."""
+    return _twin(vae.first_stage_model, vae.patcher, vae.vae_dtype)
+
+
+def _twin(
+    model: nn.Module, patcher: Any, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, ModelPatcher]:
+    """Under dynamic VRAM a twin over the same main memory: nothing is read again.
+
+    dtype: what the host casts its weights to page by page, where that is not their own.
     """
-    model, patcher = control.control_model, control.control_model_wrapped
     if not getattr(patcher, "is_dynamic", lambda: False)():
         return model, patcher
-    twin = _control_twins.get(model)
+    twin = _patchers.get(model)
     if twin is None:
-        twin = _control_twins[model] = ModelPatcher(
-            _without_pages(model), patcher.load_device, patcher.offload_device
+        twin = _patchers[model] = ModelPatcher(
+            _without_pages(model).to(dtype=dtype), patcher.load_device, patcher.offload_device
         )
     return twin.model, twin
 

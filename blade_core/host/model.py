@@ -26,6 +26,7 @@ from .optimized import OptimizedModel
 from .patcher import FUSED, as_stock, switch_in_place
 from .progress import CompileProgress, say
 from .unet import OptimizedUNet
+from .vae import OptimizedVAE
 
 _KEY = "blade"
 
@@ -43,6 +44,7 @@ class Session:
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._unets: _States[OptimizedUNet] = weakref.WeakKeyDictionary()
         self._controlnets: _States[OptimizedControlNet] = weakref.WeakKeyDictionary()
+        self._vaes: _States[OptimizedVAE] = weakref.WeakKeyDictionary()
 
     def prepare(self, unet: nn.Module) -> None:
         """Once: the first LoRA must find weights as the graphs saw them (hosts before 0.30)."""
@@ -82,13 +84,20 @@ class Session:
             lines.append(f"{engine.store.clear()} deleted from {engine.store.folder}.")
         return lines
 
+    def vae(self, coder: nn.Module, config: OptimizeConfig) -> OptimizedVAE:
+        """Return the state of a VAE's encoder or decoder under `config`; all copies share it."""
+        by_config = self._vaes.setdefault(coder, {})
+        if config not in by_config:
+            by_config[config] = OptimizedVAE(coder, self.engine, self.captures, config)
+        return by_config[config]
+
     def stats(
         self, unet: nn.Module | None = None, config: OptimizeConfig | None = None
     ) -> dict[str, Any]:
         """Counters, cache and models as plain data.
 
         unet: only this one, under `config` if it has any, and the ControlNets that it was
-        sampled with last.
+        sampled with last. VAEs are always all.
         """
         cache, store = self.engine.cache, self.engine.store
         if unet is None:
@@ -112,6 +121,7 @@ class Session:
             },
             "models": [state.report() for state in states],
             "controlnets": [controlnet.report() for controlnet in controlnets],
+            "vaes": [vae.report() for vae in _all(self._vaes)],
         }
 
 

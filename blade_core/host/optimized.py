@@ -1,7 +1,7 @@
 """A model of blocks that runs compiled: what its runs begin and end with, and its captures.
 
-The UNet (unet.py) and the ControlNet (control.py) say which of their modules are blocks and how
-the host calls them; all else is the same for both.
+The UNet (unet.py), the ControlNet (control.py) and the VAE (vae.py) say which of their modules
+are blocks and how the host calls them; all else is the same for them.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class OptimizedModel:
     """Children of the model that hold the blocks, or that are never part of a capture."""
     counters: ClassVar[tuple[str, str]]
     """Names of the counters of its runs and of its replays."""
+    rearranges: ClassVar[bool] = True
+    """Whether convolution weights are channels-last for a run; else graphs rearrange them."""
 
     def __init__(
         self, model: nn.Module, engine: Engine, budget: CaptureBudget, config: OptimizeConfig
@@ -211,7 +213,8 @@ class OptimizedModel:
             block.read()
         self._classes = classes
         slots = [slot for block in self.blocks for slot in block.slots()]
-        if memory_format == torch.channels_last:  # the GPU works on it while Python goes on
+        if self.rearranges and memory_format == torch.channels_last:
+            # The GPU works on it while Python goes on.
             self._layout.apply((tensors[key] for tensors, key in slots), x.device)
         for block in self.blocks:
             block.begin(x.device, x.dtype, run)

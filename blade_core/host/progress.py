@@ -12,10 +12,13 @@ from ..key import GraphKey
 
 
 class CompileProgress:
-    """Progress of one run; silent until something is compiled."""
+    """Progress of one run; silent until something is compiled.
 
-    def __init__(self, node_id: str | None) -> None:
-        self._node_id = node_id
+    first: what the user waits for.
+    """
+
+    def __init__(self, node_id: str | None, first: str = "first step") -> None:
+        self._node_id, self._first = node_id, first
         self._bar: comfy.utils.ProgressBar | None = None
         self._start = 0.0
         self._graphs = 0
@@ -50,7 +53,7 @@ class CompileProgress:
             return
         self._bar = None
         seconds = time.perf_counter() - self._start
-        say(f"{self._graphs} graphs ready, first step {seconds:.0f} s", self._node_id)
+        say(f"{self._graphs} graphs ready, {self._first} {seconds:.0f} s", self._node_id)
         if self._node_id is not None:
             get_progress_state().finish_progress(self._node_id)
 
