@@ -47,6 +47,7 @@ class RunContext:
     backends: tuple[Backend, ...]
     environment: str
     memory_format: torch.memory_format
+    weight_format: torch.memory_format
     freeze: bool
     checkpoint: Callable[[], None]
     announce: Callable[[GraphKey], None]
@@ -102,7 +103,7 @@ class Unit:
         """Take up the weights as they are now; return why the unit cannot run compiled."""
         self.graphs.clear()
         self._asked.clear()
-        reason = self.weights.prepare(device, dtype, run.memory_format)
+        reason = self.weights.prepare(device, dtype, run.weight_format)
         if reason is None and self.weights.resident:
             self._resident = tuple(self.weights.current())
             self._frozen = digest(checksum(self._resident)) if run.freeze else None

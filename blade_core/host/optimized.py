@@ -197,6 +197,7 @@ class OptimizedModel:
             backends=backends,
             environment=environment(x.device, (*attention_names(), str(memory_format))),
             memory_format=memory_format,
+            weight_format=memory_format if self.rearranges else torch.contiguous_format,
             freeze=freeze,
             checkpoint=comfy.model_management.throw_exception_if_processing_interrupted,
             announce=self._announce,
@@ -213,8 +214,7 @@ class OptimizedModel:
             block.read()
         self._classes = classes
         slots = [slot for block in self.blocks for slot in block.slots()]
-        if self.rearranges and memory_format == torch.channels_last:
-            # The GPU works on it while Python goes on.
+        if run.weight_format == torch.channels_last:  # the GPU works on it while Python goes on
             self._layout.apply((tensors[key] for tensors, key in slots), x.device)
         for block in self.blocks:
             block.begin(x.device, x.dtype, run)
