@@ -1,8 +1,9 @@
 """GroupNorm of channels-last images, with what stands around it in a ResBlock, in few passes.
 
 Compilers take one program for the statistics of each group, which are too few for a large GPU.
-Here each takes a part of the rows, and what a second kernel needs of that is merged there. A
-convolution's bias, the timestep embedding and SiLU come along without another pass.
+Here each takes a part of the rows, and what a second kernel needs of that is merged there, or by
+a third between them if there are many parts. A convolution's bias, the timestep embedding and
+SiLU come along without another pass.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-VERSION = 1
+VERSION = 2
 """Counts changes of the kernels. Compiled graphs that are kept are of one version."""
+
+_MOST_CHUNKS = 64
+"""Chunks that each program of the second kernel merges by itself; a VAE's images have thousands."""
 
 _MOST_WIDTH = 256
 """Channels of a group that a program keeps in registers."""
@@ -111,7 +115,7 @@ def run(
     wrap: Callable[[Any], Any] = lambda kernel: kernel,
 ) -> torch.Tensor:
     """The same by the kernels, for a `usable` x. `wrap` is given each before it is launched."""
-    from .group_norm_triton import apply, statistics, whole
+    from .group_norm_triton import apply, merge, statistics, whole
 
     images, channels, height, wide = x.shape
     rows, width = height * wide, channels // groups
@@ -150,6 +154,19 @@ def run(
         BLOCK_W=_power_of_2(width),
         num_warps=4,
     )
+    if chunks > _MOST_CHUNKS:
+        parts, size = partial, {key: shape[key] for key in ("ROWS", "WIDTH")}
+        partial = x.new_empty((2, images, groups, 1), dtype=torch.float32)
+        wrap(merge)[(groups, images)](
+            parts,
+            partial,
+            **size,
+            CHUNKS=chunks,
+            CHUNK_ROWS=tile.chunk,
+            BLOCK_K=min(_power_of_2(chunks), 1024),
+            num_warps=4,
+        )
+        chunks, shape = 1, shape | {"CHUNKS": 1, "CHUNK_ROWS": rows}
     wrap(apply)[(-(-rows // tile.rows), -(-channels // tile.channels), images)](
         x,
         *added,
@@ -160,7 +177,7 @@ def run(
         EPS=eps,
         **shape,
         SILU=silu,
-        BLOCK_K=_power_of_2(chunks),
+        BLOCK_K=max(2, _power_of_2(chunks)),
         BLOCK_R=tile.rows,
         BLOCK_C=tile.channels,
         num_warps=4,

@@ -120,6 +120,39 @@ def statistics(
 
 
 @triton.jit
+def merge(
+    partial,
+    merged,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The chunks of one group as one chunk: `merged` is (2, N, groups, 1), as `partial` is."""
+    k = tl.arange(0, BLOCK_K)
+    group = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    groups = tl.num_programs(0) * tl.num_programs(1)
+    means = partial + group * CHUNKS
+    squares = means + groups * CHUNKS
+    weighted = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for start in range(0, CHUNKS, BLOCK_K):
+        known = start + k < CHUNKS
+        count = tl.minimum(tl.maximum(ROWS - (start + k) * CHUNK_ROWS, 0), CHUNK_ROWS)
+        weighted += tl.load(means + start + k, mask=known, other=0.0) * (count / ROWS)
+    centre = tl.sum(weighted)
+    square = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for start in range(0, CHUNKS, BLOCK_K):
+        known = start + k < CHUNKS
+        count = tl.minimum(tl.maximum(ROWS - (start + k) * CHUNK_ROWS, 0), CHUNK_ROWS)
+        apart = tl.load(means + start + k, mask=known, other=0.0) - centre
+        square += tl.load(squares + start + k, mask=known, other=0.0)
+        square += tl.where(known, count * WIDTH * apart * apart, 0.0)
+    tl.store(merged + group, centre)
+    tl.store(merged + groups + group, tl.sum(square))
+
+
+@triton.jit
 def apply(
     x,
     shift,

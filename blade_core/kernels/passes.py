@@ -59,7 +59,7 @@ def fuse_group_norms(graph: fx.Graph, usable: Callable[[torch.Tensor, int], bool
         if not usable(_value(source), groups):
             continue
         source, shift = _without_bias(source)
-        silu = _only_user(result, aten.silu.default)
+        silu = _only_user(result, aten.silu.default, aten.silu_.default)
         with graph.inserting_before(node):
             if term is not None:
                 term = graph.call_function(aten.reshape.default, (term, [images, channels]))
@@ -129,9 +129,9 @@ def _only_result(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _only_user(node: fx.Node, target: Any) -> fx.Node | None:
+def _only_user(node: fx.Node, *targets: Any) -> fx.Node | None:
     (user, *others) = node.users
-    return user if not others and user.target is target else None
+    return user if not others and user.target in targets else None
 
 
 def _without_copy(node: Any) -> Any:

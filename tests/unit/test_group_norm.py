@@ -130,6 +130,14 @@ for at_once in (True, False):
             error = (actual.double() - expected).norm() / expected.norm()
             assert error <= 3e-4, (at_once, shape, added, float(error))
             assert actual.stride() == x.stride()
+group_norm._MOST_CHUNKS = 2  # or it takes the interpreter minutes
+for mean in (0, 50):
+    x = (torch.randn(2, 64, 33, 35) * 2 + mean).half().contiguous(memory_format=torch.channels_last)
+    given = (x, None, None, torch.randn(64).half(), torch.randn(64).half())
+    actual = run(*given, 32, 1e-6, True)
+    wide = [None if t is None else t.double() for t in given]
+    expected = reference(*wide, 32, 1e-6, True)
+    assert (actual.double() - expected).norm() / expected.norm() <= 3e-4
 print("agrees")
 """
 

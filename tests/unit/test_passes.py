@@ -111,6 +111,31 @@ def test_a_block_gives_the_same_with_both() -> None:
     assert actual.stride() == expected.stride()
 
 
+def test_silu_in_place_comes_along() -> None:
+    """As a VAE's ResnetBlock has it."""
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.swish = nn.GroupNorm(32, 64), nn.SiLU(inplace=True)
+
+        def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+            return self.swish(self.norm(x)) * scale + x
+
+    x = torch.randn(1, 64, 12, 10).contiguous(memory_format=torch.channels_last)
+    request = request_of(Layers(), (x,))
+    module = trace(request)
+    assert fuse_group_norms(module.graph, always) == 1
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    (norm,) = norms(module.graph)
+    assert norm.args[-1] and not calls(module.graph, aten.silu_.default)
+    expected = request.eager(request.weights, request.inputs)
+    actual = module(*request.weights, *request.inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_compiled_block_gives_the_same_and_can_be_stored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
