@@ -36,11 +36,15 @@ _OPTIONS: dict[str, Any] = {
     "size_asserts": False,
     # Outputs keep the strides that were traced: the next unit's graph counts on them.
     "keep_output_stride": True,
-    # A GroupNorm in two kernels instead of four: each reduction fills the GPU in one go.
+    # A GroupNorm in two kernels instead of four: each reduction fills the GPU in one go. (Not so
+    # for images as large as a VAE's, see _build.)
     "split_reductions": False,
     # On channels-last data a 1x1 convolution is a matrix product without any copy.
     "conv_1x1_as_mm": True,
 }
+
+_LARGE_IMAGE = 256 * 256
+"""Rows and columns from which on a group of channels is too much for one program to reduce."""
 
 _UNKNOWN_BYTES = 4 * 2**20
 """What a graph counts with that cannot be stored, and so cannot be measured: a typical size."""
@@ -164,6 +168,8 @@ def plain_addresses() -> Iterator[None]:
 def _build(module: torch.fx.GraphModule, request: GraphRequest) -> Compiled:
     inputs = list(request.inputs)
     patches = dict(_OPTIONS)
+    if any(t.ndim == 4 and t.shape[2] * t.shape[3] >= _LARGE_IMAGE for t in inputs):
+        patches["split_reductions"] = True
     if request.frozen:
         module = _fold_weights(module, request.weights)
         patches["freezing"] = True
