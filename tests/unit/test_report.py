@@ -174,3 +174,17 @@ def test_controlnets_follow_and_are_counted() -> None:
     both = as_text(stats(of_unet) | {"controlnets": [control, control]}).split("\n")
     heads = [line for line in both if line.startswith("ControlNet")]
     assert [head.partition(" (")[0] for head in heads] == ["ControlNet 1 of 2", "ControlNet 2 of 2"]
+
+
+def test_vaes_and_controlnets_of_one_name_are_told_apart() -> None:
+    names = ("ControlNet", "VAE decoder", "VAE encoder", "VAE decoder")
+    others = [model(block("conv_in", "compiled"), model=name) for name in names]
+    data = stats(model()) | {"controlnets": others[:1], "vaes": others[1:]}
+    headings = [line.split(" (")[0] for line in as_text(data).split("\n") if "(backend" in line]
+    assert headings == [
+        "UNetModel",
+        "ControlNet",
+        "VAE decoder 1 of 2",
+        "VAE encoder",
+        "VAE decoder 2 of 2",
+    ]
