@@ -91,7 +91,8 @@ class Bench:
         return _with_gap(row)
 
     def _decodes(self, scenario: Scenario, memory: Memory) -> Row:
-        vae = load_vae(scenario.model, self.device)
+        assert self.system.vae is not None
+        vae = self.system.vae(load_vae(scenario.model, self.device))
         generator = torch.Generator().manual_seed(0)
         latent = torch.randn(scenario.batch, 4, scenario.edge, scenario.edge, generator=generator)
 
@@ -245,12 +246,13 @@ def _counted(before: dict[str, float]) -> dict[str, float]:
 def _blade_fields(before: dict[str, float]) -> Row:
     """What Blade itself counted for this row; nothing where it did not run."""
     counted = _counted(before)
-    if not counted.get("runs"):
+    decodes = bool(counted.get("vae_runs"))
+    if not counted.get("runs") and not decodes:
         return {}
     from blade.blade_core.host.model import stats
 
     data = stats()
-    models = [*data["models"], *data["controlnets"]]
+    models = data["vaes"] if decodes else [*data["models"], *data["controlnets"]]
     states = [block["state"] for model in models for block in model["blocks"]]
     row: Row = {
         "graphs": counted["graphs_compiled"],

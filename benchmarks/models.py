@@ -50,14 +50,16 @@ def meta_controlnet(name: str) -> Any:
 
 
 def meta_vae(name: str) -> Any:
-    """The VAE without weights; the only small one that the host's loader takes is TAESD."""
+    """The VAE without weights."""
     from comfy.ldm.models.autoencoder import AutoencoderKL
-    from comfy.taesd.taesd import TAESD
 
     with torch.device("meta"):
-        if name.endswith("-dry"):
-            return TAESD()
-        return AutoencoderKL(ddconfig=fixture_weights._VAE, embed_dim=4)
+        return AutoencoderKL(**_vae_config(name))
+
+
+def _vae_config(name: str) -> dict[str, Any]:
+    narrow = {"ch": 32, "num_res_blocks": 1} if name.endswith("-dry") else {}
+    return {"ddconfig": fixture_weights._VAE | narrow, "embed_dim": 4}
 
 
 def load_model(name: str, device: torch.device, seed: int = 0) -> Any:
@@ -81,13 +83,12 @@ def load_controlnet(name: str, device: torch.device, seed: int) -> Any:
 
 
 def load_vae(name: str, device: torch.device) -> Any:
-    """Return a VAE as the host's loader makes it from a VAE file."""
+    """Return a VAE as the host's loader makes it from a VAE file; small ones need their sizes."""
     from comfy import sd
 
     weights = dict(_filled(meta_vae(name), device, 0))
-    if "vae_scale" in weights:  # TAESD's constants, no weights
-        weights["vae_scale"], weights["vae_shift"] = torch.tensor(1.0), torch.tensor(0.0)
-    return sd.VAE(sd=weights)
+    small = name.endswith("-dry")
+    return sd.VAE(sd=weights, config={"params": _vae_config(name)} if small else None)
 
 
 def unet_weights(

@@ -151,8 +151,9 @@ them in BladeFusedLoRA, *blade-loader* has stock's loaders before Blade.
 
 def _decodes(rows: Sequence[Row]) -> list[str]:
     names = [scenario.name for scenario in expand("vae")]
-    chosen = select(rows, names, ["eager"])
-    table = tables.decodes(chosen, names, chosen.systems(["eager"]))
+    systems = ("eager", "torch-compile", "blade")
+    chosen = select(rows, names, systems)
+    table = tables.decodes(chosen, names, chosen.systems(systems))
     return ["## VAE decode", "", *table, *_source(chosen)]
 
 

@@ -123,5 +123,5 @@ _GROUPS = {
     "switches-sd15": _switches("sd15"),
     "switches-sdxl": _switches("sdxl"),
     "switches": [*_switches("sd15"), *_switches("sdxl")],
-    "vae": ["vae-512-b1", "vae-1024-b1"],
+    "vae": [f"vae-{size}-b{batch}" for size in (512, 1024) for batch in (1, 4)],
 }

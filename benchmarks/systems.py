@@ -10,8 +10,8 @@ from benchmarks.loaders import FusedLoras, LoraLoaders
 Apply = Callable[[Any], Any]
 
 
-def _as_it_is(controlnet: Any) -> Any:
-    return controlnet
+def _as_it_is(given: Any) -> Any:
+    return given
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class System:
     """What stands before it where a scenario has LoRAs; each graph has its own."""
     controlnet: Apply = _as_it_is
     """What a ControlNet is made into before it is applied."""
+    vae: Apply | None = None
+    """What a VAE is made into; None where it decodes as stock, which is system eager's row."""
     arguments: tuple[str, ...] = ()
     dynamo: bool = False
     """Whether torch.compile guards its graphs: another shape must not make them dynamic."""
@@ -67,6 +69,12 @@ def reduce_overhead(model: Any) -> Any:
     return clone
 
 
+def torch_compile_vae(vae: Any) -> Any:
+    """What a pack's node for it does: the whole decoder, in place."""
+    vae.first_stage_model.decoder.compile(backend="inductor")
+    return vae
+
+
 def _blade(loras: Any = FusedLoras, **options: Any) -> System:
     """Blade's nodes with their defaults, but failures raise instead of running eager.
 
@@ -88,12 +96,17 @@ def _blade(loras: Any = FusedLoras, **options: Any) -> System:
 
         return optimize_controlnet(controlnet, config())
 
-    return System(model, loras, controlnet)
+    def vae(vae: Any) -> Any:
+        from blade.blade_core.host.optimize_vae import optimize_vae
+
+        return optimize_vae(vae, config())
+
+    return System(model, loras, controlnet, vae)
 
 
 SYSTEMS: dict[str, System] = {
-    "eager": System(eager),
-    "torch-compile": System(torch_compile, dynamo=True),
+    "eager": System(eager, vae=_as_it_is),
+    "torch-compile": System(torch_compile, vae=torch_compile_vae, dynamo=True),
     "torch-compile-max": System(torch_compile_max, dynamo=True),
     # CUDA graph trees know no checkpoints of cudaMallocAsync, the host's choice on most GPUs.
     "reduce-overhead": System(reduce_overhead, dynamo=True, allocator="native"),
@@ -134,7 +147,10 @@ def find_system(name: str) -> System:
     system = SYSTEMS[plain]
     if base != plain:
         system = replace(system, arguments=("--fast",))
-    return replace(system, apply=_with_option(system.apply, option)) if option else system
+    if not option:
+        return system
+    vae = None if system.vae is None else _with_option(system.vae, option)
+    return replace(system, apply=_with_option(system.apply, option), vae=vae)
 
 
 def _with_option(apply: Apply, option: str) -> Apply:

@@ -243,14 +243,15 @@ def _switch(scenario: str) -> str:
 def decodes(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
     """Times of a VAE decode."""
     fields = (("step_ms", " ms"), ("step_kernel_ms", " ms"), ("peak_vram_gib", " GiB"))
+    fields += (("first_image_s", " s"), ("compile_s", " s"))
     lines = []
     for scenario in scenarios:
         for system in systems:
             cells = [_cell(rows, scenario, field, unit)(system) for field, unit in fields]
             if rows.value(scenario, system, "step_ms") is None:
                 cells[0] = _missing(rows, scenario, system)
-            lines.append([title(scenario), system, *cells])
-    head = ["", "system", "decode", "GPU busy", "tensors"]
+            lines.append([title(scenario), system, *cells, _latents(rows, scenario)(system)])
+    head = ["", "system", "decode", "GPU busy", "tensors", "first", "of it compiling", "pixels"]
     return [*_table(head, lines), *_errors(rows, scenarios)]
 
 

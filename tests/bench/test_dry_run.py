@@ -20,9 +20,10 @@ SCENARIOS = (
     "lora-strength-sd15-2",
     "lora-cold-sd15-1",
     "vae-512-b1",
+    "vae-512-b4",
 )
 SYSTEMS = ("eager", "blade-traced-fast")
-WHERE_APPLIES = [(s, x) for s in SCENARIOS for x in SYSTEMS if (s[:3], x[:5]) != ("vae", "blade")]
+WHERE_APPLIES = [(s, x) for s in SCENARIOS for x in SYSTEMS]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,9 @@ def test_blade_says_what_it_did(rows: dict[tuple[str, str], dict[str, Any]]) -> 
     later = rows["sd15-512-b1-s20-lora9", "blade-traced-fast"]
     assert not later["cold"] and later["graphs"] == 0
     assert rows["sd15-512-b1", "eager"]["graphs"] is None
+    decode = rows["vae-512-b1", "blade-traced-fast"]
+    assert decode["cold"] and decode["graphs"] > 0 and decode["blocks_eager"] == 0
+    assert decode["captures"] == decode["replays"] == 0
 
 
 def test_without_a_gpu_the_dry_run_is_named(tmp_path: Path) -> None:

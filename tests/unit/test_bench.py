@@ -47,7 +47,7 @@ def test_groups_are_the_scenarios_that_the_tables_show() -> None:
     table = [s.name for s in expand("table-sd15-512-b1")]
     assert len(table) == 9
     assert {"sd15-512-b1-s20", "sd15-512-b1-s100-cn1", "sd15-512-b1-s50-lora2"} <= set(table)
-    assert len(expand("grid-sd15,grid-sdxl,switches,vae")) == 6 + 6 + 10 + 2
+    assert len(expand("grid-sd15,grid-sdxl,switches,vae")) == 6 + 6 + 10 + 4
 
 
 def test_a_tiny_scenario_has_a_tiny_model() -> None:
@@ -73,8 +73,8 @@ def test_systems_are_found_by_name() -> None:
 
 def test_scenarios_share_a_process_as_asked() -> None:
     scenarios = expand("sd15-512-b1,sd15-512-b1-cn1,sd15-768-b1,vae-512-b1")
-    systems = ["eager", "blade"]
-    # Blade does not decode, so its process of the VAE is left out.
+    systems = ["eager", "reduce-overhead"]
+    # Of these one decodes as the other does, so its process of the VAE is left out.
     assert [len(plan(scenarios, systems, share)) for share in ("none", "shape", "model")] == [
         7,
         5,
