@@ -13,6 +13,7 @@ _FOLDERS = (
     "models/checkpoints",
     "models/controlnet",
     "models/loras",
+    "models/vae",
     "output",
     "temp",
     "user",

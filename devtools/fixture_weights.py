@@ -138,6 +138,15 @@ def checkpoint(name: str) -> Tensors:
     return result
 
 
+def vae() -> Tensors:
+    """The usual VAE in a file of its own; the loader fixes its sizes."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    with torch.device("meta"):
+        model = AutoencoderKL(ddconfig=_VAE, embed_dim=4)
+    return {key: fill(key, meta, "vae") for key, meta in shapes(model).items()}
+
+
 def _copied(config: dict[str, Any]) -> dict[str, Any]:
     """The host's constructors consume their lists, so each gets its own."""
     return {key: list(v) if isinstance(v, list) else v for key, v in config.items()}
@@ -194,6 +203,8 @@ def main() -> None:
     name, file = sys.argv[2], Path(sys.argv[3])
     if name.endswith("-lora"):
         tensors = lora()
+    elif name == "vae":
+        tensors = vae()
     else:
         tensors = control(name) if "-control" in name else checkpoint(name)
     save_file({key: value.contiguous() for key, value in tensors.items()}, file)

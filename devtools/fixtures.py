@@ -22,6 +22,7 @@ _FOLDERS = {
     "sd15-control": "controlnet",
     "sd15-control-b": "controlnet",
     "sdxl-control": "controlnet",
+    "vae": "vae",
 }
 
 

@@ -21,7 +21,7 @@ def test_route_has_this_shape(runner: Runner) -> None:
     assert answer.status_code == 200
     assert answer.headers["Content-Type"].startswith("application/json")
     stats = answer.json()
-    assert set(stats) == {"counters", "cache", "lora_files", "models", "controlnets"}
+    assert set(stats) == {"counters", "cache", "lora_files", "models", "controlnets", "vaes"}
     assert set(stats["lora_files"]) == {"reads", "bytes", "budget_bytes"}
     assert stats["lora_files"]["bytes"] <= stats["lora_files"]["budget_bytes"] == 4096 * 2**20
     assert set(stats["counters"]) == {*NAMES, "compile_seconds", "capture_seconds"}
@@ -91,7 +91,7 @@ def test_report_leaves_out_other_nodes(runner: Runner) -> None:
 
 
 def test_nodes_explain_themselves(runner: Runner) -> None:
-    for name in ("BladeOptimizeModel", "BladeControlNetApply", "BladeReport"):
+    for name in ("BladeOptimizeModel", "BladeControlNetApply", "BladeOptimizeVAE", "BladeReport"):
         info = runner.client.object_info(name)
         assert info["category"] == "Blade"
         assert info["description"]
