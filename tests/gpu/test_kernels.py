@@ -24,6 +24,8 @@ IMAGES = [
     *((1280, 16, 16), (1920, 16, 16), (2560, 16, 16), (1280, 8, 8), (2560, 8, 8)),
     *((320, 40, 24), (640, 20, 12), (1280, 10, 6), (2560, 5, 3), (320, 128, 128)),
 ]
+# Of the VAE at 1024x1024 and an odd size, whose parts are merged by a kernel of their own.
+LARGE = [(512, 256, 256), (256, 1024, 1024), (128, 1024, 1024), (128, 616, 984)]
 # (heads, L, S, D)
 ATTENTIONS = [
     *((8, 4096, 77, 40), (8, 1024, 77, 80), (8, 256, 77, 160), (8, 64, 77, 160), (8, 64, 64, 160)),
@@ -61,6 +63,14 @@ def test_group_norm(shape: tuple[int, int, int]) -> None:
         term = noise(batch, channels, dtype=dtype) if added else None
         given = (x, shift if added else None, term, weight, bias, 32, 1e-5, added)
         assert norm_error(given) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_group_norm_of_large_images(shape: tuple[int, int, int]) -> None:
+    for dtype, mean in ((torch.bfloat16, 0.0), (torch.float16, 40.0)):
+        x = image(1, *shape, dtype=dtype) + mean
+        weight, bias, shift = noise(3, shape[0], dtype=dtype)
+        assert norm_error((x, shift, None, weight, bias, 32, 1e-6, True)) <= BOUND[dtype]
 
 
 def test_group_norm_far_from_zero_with_a_sample_far_from_the_mean() -> None:
