@@ -242,8 +242,10 @@ def _switch(scenario: str) -> str:
 
 def decodes(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
     """Times of a VAE decode."""
-    fields = (("step_ms", " ms"), ("step_kernel_ms", " ms"), ("peak_vram_gib", " GiB"))
-    fields += (("first_image_s", " s"), ("compile_s", " s"))
+    fields = (
+        *(("step_ms", " ms"), ("step_kernel_ms", " ms"), ("peak_vram_gib", " GiB")),
+        *(("first_image_s", " s"), ("compile_s", " s")),
+    )
     lines = []
     for scenario in scenarios:
         for system in systems:

@@ -108,16 +108,7 @@ def _layers(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
 
 def _one_by_one(coder: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What `coder` makes of a batch, image by image; laid out as stock's result is."""
-    if len(x) == 1:
-        alone: torch.Tensor = coder(x)
-        return alone.contiguous()
-    result = x.new_empty(0)
-    for index, image in enumerate(x.split(1)):
-        one = coder(image)
-        if index == 0:
-            result = one.new_empty((len(x), *one.shape[1:]))
-        result[index] = one[0]
-    return result
+    return torch.cat([coder(image).contiguous() for image in x.split(1)])
 
 
 def _foreign_code(coder: nn.Module) -> str | None:

@@ -17,7 +17,13 @@ BOUND = 1e-4
 EAGER = OptimizeConfig(backend="eager", on_failure="error")
 FALLBACK = OptimizeConfig(backend="eager")
 # Four stages, as the host counts on for its sizes.
-SMALL = {"z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "double_z": True}
+SMALL: dict[str, Any] = {
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "double_z": True,
+}
 SMALL |= {"ch": 32, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "attn_resolutions": []}
 SMALL |= {"dropout": 0.0}
 FULL = SMALL | {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
