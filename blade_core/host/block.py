@@ -102,7 +102,8 @@ class Unit:
     def begin(self, device: torch.device, dtype: torch.dtype, run: RunContext) -> str | None:
         """Take up the weights as they are now; return why the unit cannot run compiled."""
         self.graphs.clear()
-        self._asked.clear()
+        if run.config.compile == "background":
+            self._asked.clear()
         reason = self.weights.prepare(device, dtype, run.weight_format)
         if reason is None and self.weights.resident:
             self._resident = tuple(self.weights.current())

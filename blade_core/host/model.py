@@ -75,7 +75,7 @@ class Session:
         engine, lines = self.engine, []
         if memory:
             lines.append(f"{len(engine.cache)} graphs deleted from memory.")
-            for model in (*_all(self._unets), *_all(self._controlnets)):
+            for model in (*_all(self._unets), *_all(self._controlnets), *_all(self._vaes)):
                 model.drop_captures()
             engine.cache.clear()
         if disk and engine.store is None:

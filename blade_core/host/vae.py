@@ -34,10 +34,7 @@ class OptimizedVAE(OptimizedModel):
     """The Encoder or the Decoder of a VAE."""
 
     inside = ("conv_in", "down", "mid", "up", "norm_out", "conv_out")
-    counters = (
-        "vae_runs",
-        "replays",
-    )  # nothing is ever captured: there are few kernels, large ones
+    counters = ("vae_runs", "replays")  # nothing is captured: there are few kernels, large ones
     # Each weight is read once in a run: graphs rearrange it faster than a run can there and back.
     rearranges = False
 
@@ -85,7 +82,7 @@ class OptimizedVAE(OptimizedModel):
                 try:
                     return _one_by_one(shadow(coder, self._holders), x)
                 finally:
-                    self._progress.finish()
+                    self._progress.finish(self._is_pending())
                     self.end()
         result: torch.Tensor = coder(x, **options)
         return result
