@@ -23,6 +23,17 @@ from .log import warn_once
 from .store import GraphStore
 from .worker import read, write
 
+_START = """
+import importlib.util, sys
+folder = sys.argv[1]
+spec = importlib.util.spec_from_file_location(
+    "blade_core", folder + "/__init__.py", submodule_search_locations=[folder])
+sys.modules["blade_core"] = importlib.util.module_from_spec(spec)
+from blade_core.worker import main
+main()
+"""
+"""Without the host, and by no name that the host gave the pack."""
+
 _MOST = 8
 _VRAM_BYTES = 3 * 2**30
 """Free memory of a GPU for each process that compiles for it: it takes a quarter of that."""
@@ -183,7 +194,7 @@ class Workers:
         process: subprocess.Popen[bytes] | None = getattr(self._own, "process", None)
         if process is None or process.poll() is not None:
             process = self._own.process = subprocess.Popen(
-                [sys.executable, "-s", str(Path(__file__).with_name("worker.py"))],
+                [sys.executable, "-s", "-c", _START, str(Path(__file__).parent)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 # Each compiles by itself: pools of pools would be more processes than cores.

@@ -1,10 +1,11 @@
-"""A process that compiles. Started by workers.py by its path, never imported.
+"""What a process does that only compiles; jobs.py starts it.
 
 Reads jobs from standard input and writes results to standard output, each a pickle behind its
 length; ends when the input does, or after a time without work.
 """
 
-import importlib.util
+from __future__ import annotations
+
 import os
 import pickle
 import struct
@@ -13,8 +14,9 @@ import threading
 import time
 import warnings
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, Any
+
+from .backends import BACKENDS
 
 _LENGTH = struct.Struct("<Q")
 _IDLE_SECONDS = 60.0
@@ -22,12 +24,12 @@ _IDLE_SECONDS = 60.0
 
 
 def main() -> None:
+    """Compile until there is nothing more to read."""
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what compilers print is no result
     warnings.simplefilter("ignore")  # whoever can do something about them has seen them
     with suppress(OSError, AttributeError):
         os.nice(10)  # sampling goes on meanwhile
-    backends = _import_backends()
     while True:
         idle = threading.Timer(_IDLE_SECONDS, os._exit, (0,))
         idle.daemon = True
@@ -38,7 +40,7 @@ def main() -> None:
             return
         start = time.perf_counter()
         try:
-            artifact, error = backends.BACKENDS[job["backend"]].compile_job(job["payload"]), None
+            artifact, error = BACKENDS[job["backend"]].compile_job(job["payload"]), None
         except Exception as failure:  # whatever a compiler raises: the other side decides
             artifact, error = None, f"{type(failure).__name__}: {failure}".strip().splitlines()[0]
         seconds = time.perf_counter() - start
@@ -61,19 +63,3 @@ def write(stream: IO[bytes], value: Any) -> None:
     stream.write(_LENGTH.pack(len(body)))
     stream.write(body)
     stream.flush()
-
-
-def _import_backends() -> Any:
-    """The pack's backends, without the host and without the folder on sys.path."""
-    folder = Path(__file__).resolve().parent
-    del sys.path[0]
-    spec = importlib.util.spec_from_file_location(
-        "blade_core", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    sys.modules["blade_core"] = importlib.util.module_from_spec(spec)
-    return importlib.import_module("blade_core.backends")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,8 +18,15 @@ EAGER = OptimizeConfig(backend="eager", on_failure="error")
 FALLBACK = OptimizeConfig(backend="eager")
 # Four stages, as the host counts on for its sizes.
 SMALL: dict[str, Any] = {
-    "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "double_z": True,
-    "ch": 32, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [],
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "double_z": True,
+    "ch": 32,
+    "ch_mult": [1, 1, 2, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
     "dropout": 0.0,
 }
 FULL = SMALL | {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
