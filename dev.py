@@ -94,7 +94,11 @@ def _test(environment: Environment, arguments: list[str]) -> int:
     chosen = any((ROOT / a.split("::")[0]).exists() for a in arguments if not a.startswith("-"))
     where = [] if chosen else ["tests"]
     report = f"--junitxml={WORK / 'junit.xml'}"
-    return _run(environment, ["-m", "pytest", "-c", "tests/pytest.ini", report, *where, *arguments])
+    # The whole suite in several processes, each of which takes about 3 GiB.
+    processes = ["-n", str(min(3, os.cpu_count() or 1))]
+    spread = [] if chosen else [*processes, "--dist", "loadgroup", "--no-loadscope-reorder"]
+    command = ["-m", "pytest", "-c", "tests/pytest.ini", report, *spread, *where, *arguments]
+    return _run(environment, command)
 
 
 def _bench(environment: Environment, report: bool, arguments: list[str]) -> int:

@@ -14,6 +14,7 @@ def test_all_start_at_zero() -> None:
         **dict.fromkeys(NAMES, 0),
         "compile_seconds": 0,
         "capture_seconds": 0,
+        "load_seconds": 0,
     }
 
 
