@@ -96,7 +96,7 @@ def _test(environment: Environment, arguments: list[str]) -> int:
     report = f"--junitxml={WORK / 'junit.xml'}"
     # The whole suite in several processes, each of which takes about 3 GiB.
     processes = ["-n", str(min(3, os.cpu_count() or 1))]
-    spread = [] if chosen else [*processes, "--dist", "loadgroup", "--no-loadscope-reorder"]
+    spread = [] if chosen else [*processes, "--dist", "loadscope", "--no-loadscope-reorder"]
     command = ["-m", "pytest", "-c", "tests/pytest.ini", report, *spread, *where, *arguments]
     return _run(environment, command)
 

@@ -4,6 +4,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,23 +28,31 @@ assert _devtools.__spec__ is not None and _devtools.__spec__.loader is not None
 _devtools.__spec__.loader.exec_module(_devtools)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark each test by its folder and by the process it runs in; skip the GPU's where there is
-    none."""
-    spread = config.pluginmanager.hasplugin("xdist")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by its folder; skip the GPU's where there is none."""
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in _MARKS:
             item.add_marker(folder)
-        if spread:  # one server, one GPU; else a file shares what it set up
-            together = folder if folder in ("server", "gpu") else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(together))
-    if spread:  # the longest first, so that nobody waits for it at the end
-        items.sort(key=lambda item: item.get_closest_marker("server") is None)
+    # The longest first, so that where there are several processes nobody waits for it at the end.
+    items.sort(key=lambda item: item.get_closest_marker("server") is None)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not _has_cuda():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests share a process: a file's share what they set up, others a server or the GPU."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return file if {"server", "gpu"}.isdisjoint(Path(file).parts) else "one by one"
+
+    return ByFile(config, log)
 
 
 def _has_cuda() -> bool:
