@@ -21,10 +21,16 @@ def test_route_has_this_shape(runner: Runner) -> None:
     assert answer.status_code == 200
     assert answer.headers["Content-Type"].startswith("application/json")
     stats = answer.json()
-    assert set(stats) == {"counters", "cache", "lora_files", "models", "controlnets", "vaes"}
+    parts = {"counters", "cache", "disk", "lora_files", "models", "controlnets", "vaes"}
+    assert set(stats) == parts
     assert set(stats["lora_files"]) == {"reads", "bytes", "budget_bytes"}
     assert stats["lora_files"]["bytes"] <= stats["lora_files"]["budget_bytes"] == 4096 * 2**20
-    assert set(stats["counters"]) == {*NAMES, "compile_seconds", "capture_seconds"}
+    assert set(stats["counters"]) == {
+        *NAMES,
+        "compile_seconds",
+        "capture_seconds",
+        "load_seconds",
+    }
     assert all(isinstance(stats["counters"][name], int) for name in NAMES)
     cache = stats["cache"]
     assert set(cache) == {"graphs", "bytes", "budget_bytes", "keys"}
