@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 from blade_tests.server.conftest import ServerFactory
-from blade_tests.server.workflow import TOLERANCE, Runner, Text2Image, difference
+from blade_tests.server.workflow import (
+    TOLERANCE,
+    Runner,
+    Text2Image,
+    as_stock,
+    difference,
+    example,
+)
 
 from devtools.client import Workflow
 from devtools.workflows import node_id
@@ -44,6 +51,23 @@ def test_a_size_that_was_warmed_up_compiles_nothing(runner: Runner) -> None:
     run = runner.ok(workflow)
     assert run.counted["graphs_compiled"] == run.counted["blocks_eager"] == 0
     assert difference(run.latent, runner.stock(workflow)) <= TOLERANCE
+
+
+def test_the_example_has_everything_ready_before_it_samples(runner: Runner) -> None:
+    nodes = example(runner, "sd15-warm-up-vae-blade", seed=8010)
+    nodes[node_id(nodes, "BladeOptimizeModel")]["inputs"]["backend"] = "auto"
+    nodes[node_id(nodes, "BladeWarmUp")]["inputs"]["sizes"] = "64x64, 40x88"
+    run = runner.ok(nodes)
+    sizes = run.text("BladeWarmUp").splitlines()[:2]
+    assert [size.split(",")[0] for size in sizes] == ["64x64", "40x88"]
+    assert run.counted["blocks_eager"] == 0
+    assert difference(run.latent, runner.ok(as_stock(nodes)).latent) <= TOLERANCE
+
+    latent = nodes[node_id(nodes, "EmptyLatentImage")]["inputs"]
+    latent["width"], latent["height"] = 40, 88
+    later = runner.ok(nodes)
+    assert later.counted["graphs_compiled"] == later.counted["blocks_eager"] == 0
+    assert difference(later.latent, runner.ok(as_stock(nodes)).latent) <= TOLERANCE
 
 
 @pytest.mark.parametrize(

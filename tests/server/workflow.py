@@ -362,4 +362,6 @@ def as_stock(nodes: Workflow, loras: Mapping[str, float] | None = None) -> Workf
             node["inputs"]["model"] = model
         elif node["class_type"] == "CLIPTextEncode":
             node["inputs"]["clip"] = clip
+        elif node["class_type"] == "VAEDecode":
+            node["inputs"]["vae"] = [checkpoint, 2]
     return stock
