@@ -37,7 +37,7 @@ _OPTIONS: dict[str, Any] = {
     # Outputs keep the strides that were traced: the next unit's graph counts on them.
     "keep_output_stride": True,
     # A GroupNorm in two kernels instead of four: each reduction fills the GPU in one go. (Not so
-    # for images as large as a VAE's, see _build.)
+    # for images as large as a VAE's, see _patches.)
     "split_reductions": False,
     # On channels-last data a 1x1 convolution is a matrix product without any copy.
     "conv_1x1_as_mm": True,
@@ -167,9 +167,7 @@ def plain_addresses() -> Iterator[None]:
 
 def _build(module: torch.fx.GraphModule, request: GraphRequest) -> Compiled:
     inputs = list(request.inputs)
-    patches = dict(_OPTIONS)
-    if any(t.ndim == 4 and t.shape[2] * t.shape[3] >= _LARGE_IMAGE for t in inputs):
-        patches["split_reductions"] = True
+    patches = _patches(inputs)
     if request.frozen:
         module = _fold_weights(module, request.weights)
         patches["freezing"] = True
@@ -181,6 +179,11 @@ def _build(module: torch.fx.GraphModule, request: GraphRequest) -> Compiled:
     if request.frozen:
         nbytes += sum(w.nbytes for w in request.weights)
     return Compiled(_function(call, frozen=request.frozen), artifact, nbytes)
+
+
+def _patches(arguments: Sequence[torch.Tensor]) -> dict[str, Any]:
+    large = any(t.ndim == 4 and t.shape[2] * t.shape[3] >= _LARGE_IMAGE for t in arguments)
+    return _OPTIONS | {"split_reductions": _OPTIONS["split_reductions"] or large}
 
 
 class _Job(NamedTuple):
@@ -216,7 +219,7 @@ def _build_alone(module: torch.fx.GraphModule) -> bytes:
     fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     with torch.no_grad():
         compiled = torch._inductor.standalone_compile(
-            module, fake, dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}
+            module, fake, dynamic_shapes="from_graph", options={"config_patches": _patches(fake)}
         )
     artifact = _artifact(compiled)
     if artifact is None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,6 +206,29 @@ def test_inductor_compiles_in_another_process(engine: Engine) -> None:
     with engine.counters.expect(graphs_compiled=1, compile_failures=0):
         assert same(now(engine, request, backend), request)
     assert engine.jobs.finished == 1
+
+
+@pytest.mark.parametrize("side", [8, 256])
+def test_either_process_compiles_with_the_same_options(
+    monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    seen: list[dict[str, Any]] = []
+    compile_graph = torch._inductor.standalone_compile
+
+    def noted(*arguments: Any, options: dict[str, Any], **more: Any) -> Any:
+        seen.append(options["config_patches"])
+        return compile_graph(*arguments, options=options, **more)
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", noted)
+    backend = BACKENDS["inductor"]
+    request = request_of(inputs=inputs_of((1, 4, side, side)))
+    backend.compile(request)
+    job = backend.job(request)
+    assert job is not None
+    backend.compile_job(job)
+    here, there = seen
+    assert here == there
+    assert here["split_reductions"] == (side == 256)
 
 
 def test_switches_travel(monkeypatch: pytest.MonkeyPatch) -> None:
