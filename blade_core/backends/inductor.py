@@ -202,8 +202,10 @@ class _Job(NamedTuple):
         """The graph with what tracing notes for each node, which does not travel."""
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        with FakeTensorMode():
+        # Without an environment for shapes, torch would not store what it compiles.
+        with FakeTensorMode(shape_env=ShapeEnv()):
             fake = [
                 torch.empty_strided(shape, stride, dtype=dtype, device=device)
                 for shape, stride, dtype, device in self.tensors
