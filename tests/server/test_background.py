@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from pathlib import Path
 
@@ -30,27 +29,20 @@ def test_images_come_while_graphs_are_compiled_elsewhere(
         def sampled(seed: int) -> Run:
             nodes = example(runner, "sd15", "blade", seed)
             nodes[node_id(nodes, "BladeOptimizeModel")]["inputs"]["compile"] = "background"
-            return runner.ok(nodes)
-
-        def as_stock(run: Run, seed: int) -> bool:
+            run = runner.ok(nodes)
             stock = runner.ok(example(runner, "sd15", "stock", seed))
-            return difference(run.latent, stock.latent) <= TOLERANCE
+            assert difference(run.latent, stock.latent) <= TOLERANCE
+            return run
 
-        seeds = itertools.count(3001)
-        run = sampled(3000)
-        assert as_stock(run, 3000)
-        assert run.counted["graphs_compiled"] == run.counted["blocks_compiled"] == 0
-        assert "its graphs are being compiled" in run.text("BladeReport")
+        first = sampled(3000)
+        assert first.counted["graphs_compiled"] == first.counted["blocks_compiled"] == 0
+        assert "its graphs are being compiled" in first.text("BladeReport")
+        # Not until all are there: they give way to whatever else runs on this machine.
         end = time.monotonic() + PATIENCE
-        while run.counted["blocks_eager"]:
+        while runner.stats()["disk"]["graphs"] < 2:
             assert time.monotonic() < end
-            time.sleep(10)  # few cores here, and sampling comes first
-            run = sampled(next(seeds))
-        last = sampled(2999)
-        assert as_stock(last, 2999)
-        assert last.counted["graphs_compiled"] == last.counted["blocks_eager"] == 0
-        assert last.counted["blocks_compiled"] > 0
-        counters = last.stats["counters"]
-        assert counters["graphs_compiled"] == last.stats["disk"]["graphs"] > 0
-        assert counters["compile_failures"] == 0
+            time.sleep(1)
+        second = sampled(3001)
+        assert second.counted["graphs_compiled"] >= 2
+        assert second.counted["compile_failures"] == 0
         assert "could not compile" not in server.log_text()
