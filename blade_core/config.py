@@ -13,7 +13,14 @@ BACKENDS = ("auto", "torch_blade", "inductor", "eager")
 ON_FAILURE = ("fallback", "error")
 FROZEN_CHANGE = ("rebuild", "refuse")
 COMPILE = ("first", "background")
-KERNELS = ("group_norm", "short_attention")
+KERNELS = (
+    "group_norm",
+    "short_attention",
+    "flash_attention",
+    "geglu",
+    "layer_norm",
+    "late_bias",
+)
 
 FORMAT_VERSION = 1
 """Counts changes of the pack that make graphs of older versions wrong."""

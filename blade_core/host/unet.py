@@ -2,13 +2,15 @@
 
 Nothing in the UNet is replaced for good: within a call of the clone that passed through the
 node, the three containers of blocks are swapped for holders, which the host hands back to
-`_run_block` through its own `forward_timestep_embed_patch`. Other clones of the same model
-never see them.
+`_run_block` through its own `forward_timestep_embed_patch`, and so are the layers behind them,
+which it calls. Other clones of the same model never see them.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +24,12 @@ from .late import LateControl
 from .optimized import OptimizedModel
 from .patches import UNPATCHED, Patched, read_patches
 from .progress import CompileProgress
+from .shadow import Holder as StandIn
 from .step import Call, foreign_code, read_call
-from .unet_block import UNetBlock
+from .unet_block import OutBlock, UNetBlock
 
 _CONTAINERS = (("input_blocks", "input"), ("middle_block", "middle"), ("output_blocks", "output"))
+_OUT = "out"
 
 
 class Holder(nn.Module):
@@ -39,7 +43,7 @@ class Holder(nn.Module):
 class OptimizedUNet(OptimizedModel):
     """A UNet of SD1.5's or SDXL's kind."""
 
-    inside = tuple(name for name, _ in _CONTAINERS)
+    inside = (*(name for name, _ in _CONTAINERS), _OUT)
     counters = ("runs", "replays")
 
     def __init__(
@@ -64,11 +68,16 @@ class OptimizedUNet(OptimizedModel):
                 self.blocks.append(optimized)
                 held.append(openaimodel.TimestepEmbedSequential(Holder(optimized)))
             holders[container] = held[0] if single else nn.ModuleList(held)
+        last = OutBlock(_OUT, getattr(model, _OUT))
+        self.blocks.append(last)
+        # What holds itself waits for Python's collector, and the weights with it.
+        this: Any = weakref.proxy(self)
+        holders[_OUT] = StandIn(partial(OptimizedUNet._run_out, this, last))
         return holders
 
     def _blocks(self, model: Any) -> list[nn.Module]:
         middle = [] if model.middle_block is None else [model.middle_block]
-        return [*model.input_blocks, *middle, *model.output_blocks]
+        return [*model.input_blocks, *middle, *model.output_blocks, model.out]
 
     def call(
         self,
@@ -165,6 +174,10 @@ class OptimizedUNet(OptimizedModel):
         if block.block_id[0] != "input":
             self._join()  # from here on the host adds what ControlNets gave
         return block(h, emb, context, options, output_shape, video, self._run, self._patched)
+
+    def _run_out(self, block: OutBlock, h: torch.Tensor) -> torch.Tensor:
+        assert self._run is not None
+        return block(h, self._run, self._patched)
 
 
 def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""One block of a UNet or a ControlNet, called as the host calls it: with its patches in view."""
+"""Blocks of a UNet or a ControlNet, called as the host calls them: with its patches in view."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embe
 from torch import nn
 
 from .block import OptimizedBlock, RunContext
-from .blocks import Step, count_transformers, program
+from .blocks import Layer, Step, count_transformers, program
 from .patches import BlockId, Patched
 
 
@@ -53,4 +53,20 @@ class UNetBlock(OptimizedBlock):
             options["activations_shape"] = list(h.shape)
             if "transformer_index" in options:
                 options["transformer_index"] += self.transformers
+        return result
+
+
+class OutBlock(OptimizedBlock):
+    """The layers behind a UNet's blocks: GroupNorm, SiLU and a convolution."""
+
+    def _program(self) -> list[Step] | str:
+        kinds = [type(layer).__name__ for layer in self.block.children()]
+        if type(self.block) is not nn.Sequential or kinds != ["GroupNorm", "SiLU", "Conv2d"]:
+            return f"it is a {type(self.block).__name__} of {', '.join(kinds) or 'nothing'}"
+        return [Step(" ".join(kinds), Layer(self.block), ("h",), "h")]
+
+    def __call__(self, h: torch.Tensor, run: RunContext, patched: Patched) -> torch.Tensor:
+        result = self.attempt({"h": h}, {}, patched.everything, run)
+        if result is None:
+            result = self.block(h)
         return result

@@ -16,11 +16,16 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-VERSION = 2
+from .launch import Traced
+
+VERSION = 3
 """Counts changes of the kernels. Compiled graphs that are kept are of one version."""
 
 _MOST_CHUNKS = 64
 """Chunks that each program of the second kernel merges by itself; a VAE's images have thousands."""
+
+_CHUNKS = ((256, 64), (1024, 128), (4096, 256), (8192, 512), (2**15, 128), (2**31, 512))
+"""Rows of an image up to which a program of the first kernel takes so many."""
 
 _MOST_WIDTH = 256
 """Channels of a group that a program keeps in registers."""
@@ -82,8 +87,9 @@ class Tiles:
 
 
 def tiles(rows: int, width: int) -> Tiles:
-    """Chosen from measurements on an H200: many chunks are read again by the second kernel."""
-    chunk = 64 if rows <= 256 else 128 if rows <= 1024 else 256 if rows <= 4096 else 512
+    """Chosen from measurements on an H200 and an H100. Many chunks are read again by the second
+    kernel; beyond `_MOST_CHUNKS` the third spares it that, and small ones fill the GPU again."""
+    chunk = next(size for most, size in _CHUNKS if rows <= most)
     return Tiles(
         chunk=chunk,
         step=32,
@@ -192,7 +198,7 @@ def operator() -> Any:
     Inductor sees the kernels in it, so that they are launched and stored as its own are.
     Registered where it is first needed, because torch looks for Triton then.
     """
-    from torch.library import triton_op, wrap_triton
+    from torch.library import triton_op
 
     # The version is part of the name: compilers know a graph that they keep by its operators.
     name = f"group_norm_{VERSION}"
@@ -209,6 +215,6 @@ def operator() -> Any:
         silu: bool,
     ) -> torch.Tensor:
         arguments = (x, shift, term, weight, bias, groups, eps, silu)
-        return run(*arguments, wrap_triton) if x.is_cuda else reference(*arguments)
+        return run(*arguments, Traced) if x.is_cuda else reference(*arguments)
 
     return getattr(torch.ops.blade, name).default

@@ -6,17 +6,16 @@ looked at are the values that tracing has noted for each node (`meta["val"]`), n
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 from torch.fx.operator_schemas import normalize_function
 
-from . import group_norm, short_attention
-
-aten = torch.ops.aten
+from . import flash_attention, geglu, group_norm, layer_norm, short_attention
+from .nodes import aten, calls, erase, only_result, only_user, value
+from .token_passes import LATE_BIAS_VERSION, fuse_geglu, fuse_layer_norms, late_biases, pays_late
 
 ATTENTIONS = (
     aten._scaled_dot_product_cudnn_attention.default,
@@ -26,8 +25,15 @@ ATTENTIONS = (
 )
 """What torch makes of scaled_dot_product_attention, one or the other."""
 
-KERNELS = {"group_norm": group_norm.VERSION, "short_attention": short_attention.VERSION}
-"""Name and version of each kernel that can be asked for."""
+KERNELS = {
+    "group_norm": group_norm.VERSION,
+    "short_attention": short_attention.VERSION,
+    "flash_attention": flash_attention.VERSION,
+    "geglu": geglu.VERSION,
+    "layer_norm": layer_norm.VERSION,
+    "late_bias": LATE_BIAS_VERSION,
+}
+"""Name and version of each kernel that can be asked for, and of what goes without one."""
 
 
 def use_kernels(module: fx.GraphModule, kernels: Collection[str]) -> int:
@@ -36,7 +42,15 @@ def use_kernels(module: fx.GraphModule, kernels: Collection[str]) -> int:
     if "group_norm" in kernels:
         count += fuse_group_norms(module.graph, group_norm.usable)
     if "short_attention" in kernels:
-        count += replace_attention(module.graph, short_attention.usable)
+        count += replace_attention(module.graph, short_attention)
+    if "flash_attention" in kernels:
+        count += replace_attention(module.graph, flash_attention)
+    if "geglu" in kernels:
+        count += fuse_geglu(module.graph, geglu.usable)
+    if "layer_norm" in kernels:
+        count += fuse_layer_norms(module.graph, layer_norm.usable)
+    if "late_bias" in kernels:
+        count += late_biases(module.graph, pays_late)
     if count:
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -49,17 +63,17 @@ def fuse_group_norms(graph: fx.Graph, usable: Callable[[torch.Tensor, int], bool
     `usable` is asked about the image and the number of groups.
     """
     count = 0
-    for node in _calls(graph, aten.native_group_norm.default):
+    for node in calls(graph, aten.native_group_norm.default):
         arguments: Any = node.args
         source, weight, bias, images, channels, _, groups, eps = arguments
-        result = _only_result(node)
+        result = only_result(node)
         if result is None or weight is None or bias is None:
             continue
         source, term = _without_term(_without_copy(source), (images, channels))
-        if not usable(_value(source), groups):
+        if not usable(value(source), groups):
             continue
         source, shift = _without_bias(source)
-        silu = _only_user(result, aten.silu.default, aten.silu_.default)
+        silu = only_user(result, aten.silu.default, aten.silu_.default)
         with graph.inserting_before(node):
             if term is not None:
                 term = graph.call_function(aten.reshape.default, (term, [images, channels]))
@@ -68,22 +82,32 @@ def fuse_group_norms(graph: fx.Graph, usable: Callable[[torch.Tensor, int], bool
                 (source, shift, term, weight, bias, groups, eps, silu is not None),
             )
         (silu or result).replace_all_uses_with(new)
-        _erase(node)
+        erase(node)
         count += 1
     return count
 
 
-def replace_attention(
-    graph: fx.Graph, usable: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], bool]
-) -> int:
-    """Attention without mask over few keys. `usable` is asked about q, k and v."""
+class Attention(Protocol):
+    """A kernel for attention without mask."""
+
+    def usable(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether it can be used, and is faster."""
+        ...
+
+    def operator(self) -> Any:
+        """It, as an operator over (q, k, v, scale)."""
+        ...
+
+
+def replace_attention(graph: fx.Graph, kernel: Attention) -> int:
+    """Attention without mask, where `kernel` is usable."""
     count = 0
-    for node in _calls(graph, *ATTENTIONS):
+    for node in calls(graph, *ATTENTIONS):
         target: Any = node.target
         normal = normalize_function(
             target, node.args, node.kwargs, normalize_to_only_use_kwargs=True
         )
-        result = _only_result(node)
+        result = only_result(node)
         if normal is None or result is None:
             continue
         of = normal.kwargs
@@ -91,47 +115,16 @@ def replace_attention(
         masked = of.get("attn_bias") is not None or of.get("attn_mask") is not None
         if masked or of["is_causal"] or of["dropout_p"]:
             continue
-        if not usable(_value(q), _value(k), _value(v)):
-            continue
         scale = of.get("scale")
-        scale = _value(q).shape[-1] ** -0.5 if scale is None else scale
+        scale = value(q).shape[-1] ** -0.5 if scale is None else scale
+        if scale <= 0 or not kernel.usable(value(q), value(k), value(v)):
+            continue
         with graph.inserting_before(node):
-            new = graph.call_function(short_attention.operator(), (q, k, v, scale))
+            new = graph.call_function(kernel.operator(), (q, k, v, scale))
         result.replace_all_uses_with(new)
-        _erase(node)
+        erase(node)
         count += 1
     return count
-
-
-def _calls(graph: fx.Graph, *targets: Any) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "call_function" and n.target in targets]
-
-
-def _erase(node: fx.Node) -> None:
-    """Take out `node` and what reads it, which nobody uses any more. Torch would keep attention
-    that has no users: some kinds of it draw random numbers."""
-    for user in list(node.users):
-        _erase(user)
-    node.graph.erase_node(node)
-
-
-def _value(node: Any) -> torch.Tensor:
-    value = node.meta["val"]
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def _only_result(node: fx.Node) -> fx.Node | None:
-    """The first result of a node of several, if nobody uses the others."""
-    used = [user for user in node.users if user.users]
-    if len(used) == 1 and used[0].target is operator.getitem and used[0].args[1] == 0:
-        return used[0]
-    return None
-
-
-def _only_user(node: fx.Node, *targets: Any) -> fx.Node | None:
-    (user, *others) = node.users
-    return user if not others and user.target in targets else None
 
 
 def _without_copy(node: Any) -> Any:
@@ -150,9 +143,9 @@ def _without_term(node: Any, shape: tuple[int, int]) -> tuple[Any, fx.Node | Non
                 isinstance(image, fx.Node)
                 and isinstance(term, fx.Node)
                 and image is not term
-                and _value(image).shape == _value(node).shape
-                and _value(term).shape == (*shape, 1, 1)
-                and _value(image).dtype == _value(term).dtype == _value(node).dtype
+                and value(image).shape == value(node).shape
+                and value(term).shape == (*shape, 1, 1)
+                and value(image).dtype == value(term).dtype == value(node).dtype
             ):
                 return image, term
     return node, None

@@ -9,18 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-VERSION = 1
+from .launch import Traced
+
+VERSION = 2
 """Counts changes of the kernel. Compiled graphs that are kept are of one version."""
 
 _MOST_KEYS = 80
 _MOST_WIDTH = 160
-_MOST_ROWS = 2**16
-"""Of all heads and images together. Beyond these, cuDNN was as fast on an H200."""
+_MOST_ROWS, _MOST_ROWS_OF_64 = 2**16, 2**18
+"""Of all heads and images together. Beyond these, cuDNN was as fast on an H200; where heads are
+64 wide, on an H100, it was not."""
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -45,12 +48,12 @@ def usable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         and k.shape == v.shape == (*q.shape[:2], k.shape[2], q.shape[3])
         and 0 < k.shape[2] <= _MOST_KEYS
         and 16 <= q.shape[3] <= _MOST_WIDTH
-        and q.shape[0] * q.shape[1] * q.shape[2] <= _MOST_ROWS
-        and all(t.dtype == q.dtype and _readable(t) for t in (q, k, v))
+        and q.shape[:3].numel() <= (_MOST_ROWS_OF_64 if q.shape[3] == 64 else _MOST_ROWS)
+        and all(t.dtype == q.dtype and readable(t) for t in (q, k, v))
     )
 
 
-def _readable(x: torch.Tensor) -> bool:
+def readable(x: torch.Tensor) -> bool:
     """Whether rows can be read 16 bytes at a time, and places counted in 32 bits."""
     apart = (*x.stride()[:3], x.storage_offset(), x.shape[3])
     span = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
@@ -66,15 +69,25 @@ def parts(number: int) -> tuple[int, int]:
     return (2 * first, 0) if second == first else (first, second)
 
 
-def tile(rows: int, width: int) -> tuple[int, int]:
-    """Rows of a program, and its warps. Chosen from measurements on an H200.
+class Tile(NamedTuple):
+    """Rows of a program, its warps, and the blocks that keys and a head are cut into."""
 
-    Never 64 rows for 4 warps: these would be multiplied by other instructions (wgmma), for which
-    Triton 3.6 makes code that reads wrong memory if blocks are as small as here.
+    rows: int
+    warps: int
+    keys: tuple[int, int]
+    width: tuple[int, int]
+
+
+def tile(rows: int, keys: int, width: int) -> Tile:
+    """Chosen from measurements on an H200 and an H100.
+
+    64 rows or more for 4 warps would be multiplied by other instructions (wgmma), for which
+    Triton 3.6 makes code that reads wrong memory if blocks are small: only where none is.
     """
-    if width <= 80:
-        return 64, 2
-    return (32, 4) if rows >= 256 else (16, 4)
+    if width == 64 < keys <= 128:
+        return Tile(128, 4, (128, 0), (64, 0))
+    block, warps = (64, 2) if width <= 80 else (32, 4) if rows >= 256 else (16, 4)
+    return Tile(block, warps, parts(keys), parts(width))
 
 
 def run(
@@ -89,9 +102,8 @@ def run(
 
     images, heads, rows, width = q.shape
     keys = k.shape[2]
-    block, warps = tile(rows, width)
+    block, warps, (keys_1, keys_2), (width_1, width_2) = tile(rows, keys, width)
     out = q.new_empty((images, rows, heads, width))
-    (keys_1, keys_2), (width_1, width_2) = parts(keys), parts(width)
     wrap(attend)[(-(-rows // block), heads, images)](
         q,
         k,
@@ -127,7 +139,7 @@ def operator() -> Any:
     Inductor sees the kernel in it, so that it is launched and stored as its own are.
     Registered where it is first needed, because torch looks for Triton then.
     """
-    from torch.library import triton_op, wrap_triton
+    from torch.library import triton_op
 
     # The version is part of the name: compilers know a graph that they keep by its operators.
     name = f"short_attention_{VERSION}"
@@ -136,6 +148,6 @@ def operator() -> Any:
     def short_attention(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        return run(q, k, v, scale, wrap_triton) if q.is_cuda else reference(q, k, v, scale)
+        return run(q, k, v, scale, Traced) if q.is_cuda else reference(q, k, v, scale)
 
     return getattr(torch.ops.blade, name).default

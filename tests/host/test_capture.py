@@ -44,10 +44,10 @@ def test_a_step_is_captured_at_its_second_call_and_kept_over_runs(
     model = make_model(config)
     optimized = optimize_model(model, EAGER)
     counters = session.engine.counters
-    with counters.expect(captures=1, replays=2, blocks_eager=0, blocks_compiled=9):
+    with counters.expect(captures=1, replays=2, blocks_eager=0, blocks_compiled=10):
         assert relative_rms(sample(optimized, steps=4), sample(model, steps=4)) <= BOUND
     again: dict[str, Any] = {"steps": 4, "seed": 5, "positive": conditioning(seed=7)}
-    with counters.expect(captures=0, replays=4, captures_dropped=0, blocks_compiled=9):
+    with counters.expect(captures=0, replays=4, captures_dropped=0, blocks_compiled=10):
         actual = sample(optimized, **again)
     assert relative_rms(actual, sample(model, **again)) <= BOUND
     assert "CUDA graphs 1 (1 MiB), whole steps replayed in the last run 4" in as_text(
@@ -80,7 +80,7 @@ def test_a_patch_between_the_blocks_cuts_the_step_into_blocks(session: Session, 
     patched.set_model_output_block_patch(lambda h, skip, _: (h * 1.1, skip))
     expected = sample(patched, steps=4)
     assert relative_rms(expected, sample(sd15, steps=4)) > 1e-3
-    with session.engine.counters.expect(captures=9, replays=0, captures_dropped=0):
+    with session.engine.counters.expect(captures=10, replays=0, captures_dropped=0):
         assert relative_rms(sample(optimize_model(patched, EAGER), steps=4), expected) <= BOUND
     assert report(session)["not_captured"] == ["output_block_patch is set"]
     with session.engine.counters.expect(captures=0, replays=4):
@@ -99,7 +99,7 @@ def test_what_a_patch_keeps_is_not_overwritten(session: Session, sd15: Any) -> N
     patched = sd15.clone()
     patched.set_model_input_block_patch_after_skip(keep)
     sample(optimize_model(patched, EAGER), steps=5)
-    assert session.engine.counters["captures"] == 9
+    assert session.engine.counters["captures"] == 10
     assert all(torch.equal(h, copy) for h, copy in zip(kept, copies, strict=True))
 
 
@@ -134,11 +134,11 @@ def test_a_replaced_forward_is_not_skipped(session: Session, sd15: Any) -> None:
 def test_a_layer_outside_the_blocks_that_others_changed(session: Session, sd15: Any) -> None:
     optimized = optimize_model(sd15, EAGER)
     sample(optimized, steps=3)
-    layer = sd15.model.diffusion_model.out[2]
+    layer = sd15.model.diffusion_model.time_embed[2]
     own = layer.forward
     layer.forward = lambda x: own(x) * 0.5
     expected = sample(sd15, steps=4)
-    with session.engine.counters.expect(replays=0, captures=9):
+    with session.engine.counters.expect(replays=0, captures=10):
         assert relative_rms(sample(optimized, steps=4), expected) <= BOUND
     assert "replaced forward" in str(report(session)["not_captured"])
     del layer.forward

@@ -179,7 +179,7 @@ def test_torch_blade_that_cannot_run(
     with caplog.at_level(logging.WARNING, "blade"):
         sample(optimize_model(sd15, OptimizeConfig(backend="torch_blade")))
     assert f"{reason}. Blade uses inductor instead." in caplog.text
-    assert session.engine.counters["blocks_compiled"] == 9
+    assert session.engine.counters["blocks_compiled"] == 10
 
 
 def test_cancel_while_compiling_passes_and_leaves_all_well(

@@ -24,8 +24,11 @@ OTHERS = {"torch", "blade"}
 ALSO = {
     "blade_core/key.py": {"triton"},
     "blade_core/backends/inductor.py": {"triton"},
+    "blade_core/kernels/flash_attention_triton.py": {"triton"},
+    "blade_core/kernels/geglu_triton.py": {"triton"},
     "blade_core/kernels/group_norm_triton.py": {"triton"},
     "blade_core/kernels/grouped_linear_triton.py": {"triton"},
+    "blade_core/kernels/layer_norm_triton.py": {"triton"},
     "blade_core/kernels/short_attention_triton.py": {"triton"},
     "nodes/routes.py": {"aiohttp"},
 }

@@ -28,7 +28,7 @@ def test_defaults() -> None:
         "fallback",
         "rebuild",
         True,
-        ("group_norm", "short_attention"),
+        ("group_norm", "short_attention", "flash_attention", "geglu", "layer_norm", "late_bias"),
         "first",
     )
     assert not config.strict

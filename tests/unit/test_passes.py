@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from blade.blade_core.config import KERNELS as CHOICES
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
 from blade.blade_core.graph import trace
-from blade.blade_core.kernels import group_norm, passes, short_attention
+from blade.blade_core.kernels import group_norm, short_attention
 from blade.blade_core.kernels.passes import (
     ATTENTIONS,
     KERNELS,
@@ -77,6 +78,19 @@ def always(*_: Any) -> bool:
     return True
 
 
+class Always:
+    """Few keys' kernel, for any attention."""
+
+    usable = staticmethod(always)
+    operator = staticmethod(short_attention.operator)
+
+
+class Short(Always):
+    @staticmethod
+    def usable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+        return k.shape[2] == 77
+
+
 def calls(graph: fx.Graph, target: Any) -> list[fx.Node]:
     return [n for n in graph.nodes if n.target is target]
 
@@ -92,7 +106,7 @@ def test_a_block_gives_the_same_with_both() -> None:
     request = block_request()
     module = trace(request)
     assert fuse_group_norms(module.graph, always) == 3
-    assert replace_attention(module.graph, lambda q, k, v: k.shape[2] == 77) == 1
+    assert replace_attention(module.graph, Short()) == 1
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -166,7 +180,7 @@ def test_only_what_is_chosen_is_used(
         monkeypatch.setattr(module, "usable", always)
     graph = trace(block_request())
     each = {"group_norm": 3, "short_attention": 2}
-    assert use_kernels(graph, chosen) == sum(each[name] for name in chosen)
+    assert use_kernels(graph, chosen) == sum(each.get(name, 0) for name in chosen)
 
 
 def test_nothing_is_used_on_the_cpu() -> None:
@@ -307,7 +321,7 @@ def test_the_scale_is_kept() -> None:
     for scale in (None, 0.3):
         function = partial(functional.scaled_dot_product_attention, scale=scale)
         module = make_fx(function)(Q, Q, Q)
-        assert replace_attention(module.graph, always) == 1
+        assert replace_attention(module.graph, Always()) == 1
         module.graph.eliminate_dead_code()
         module.recompile()
         torch.testing.assert_close(module(Q, Q, Q), function(Q, Q, Q))
@@ -320,7 +334,7 @@ def test_the_scale_is_kept() -> None:
 def test_masked_attention_is_left(options: dict[str, Any]) -> None:
     module = make_fx(lambda q: functional.scaled_dot_product_attention(q, q, q, **options))(Q)
     assert [n for n in module.graph.nodes if n.target in ATTENTIONS]
-    assert replace_attention(module.graph, always) == 0
+    assert replace_attention(module.graph, Always()) == 0
 
 
 @pytest.mark.parametrize(
@@ -345,8 +359,8 @@ def test_each_of_torch_s_attentions(name: str, arguments: tuple[Any, ...], taken
     target = getattr(aten, f"_scaled_dot_product_{name}_attention").default
     rest = tuple(mask if a is Q else a for a in arguments)
     node = graph.call_function(target, (q, q, q, *rest), {"scale": 0.25})
-    graph.output(graph.call_function(passes.operator.getitem, (node, 0)))
-    assert replace_attention(graph, always) == taken
+    graph.output(graph.call_function(operator.getitem, (node, 0)))
+    assert replace_attention(graph, Always()) == taken
     assert bool(calls(graph, short_attention.operator())) == taken
     if taken:
         assert calls(graph, short_attention.operator())[0].args == (q, q, q, 0.25)
@@ -357,8 +371,8 @@ def test_the_log_sum_of_attention_is_needed() -> None:
     q = graph.placeholder("q")
     q.meta["val"] = Q
     node = graph.call_function(ATTENTIONS[1], (q, q, q))
-    graph.output([graph.call_function(passes.operator.getitem, (node, i)) for i in (0, 1)])
-    assert replace_attention(graph, always) == 0
+    graph.output([graph.call_function(operator.getitem, (node, i)) for i in (0, 1)])
+    assert replace_attention(graph, Always()) == 0
 
 
 # --- keys and choices ---------------------------------------------------------------------------

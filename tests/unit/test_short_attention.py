@@ -84,8 +84,9 @@ def test_not_usable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def test_where_another_kernel_is_as_fast_it_is_left() -> None:
-    """In SDXL's 64x64 latents, and over two prompts' keys."""
-    assert not usable(on_gpu(2, 10, 4096, 64), *on_gpu(4, 10, 77, 64).chunk(2))
+    """In large batches of SD1.5's 64x64 latents, and over two prompts' keys."""
+    assert usable(on_gpu(2, 10, 4096, 64), *on_gpu(4, 10, 77, 64).chunk(2))
+    assert not usable(on_gpu(3, 8, 4096, 40), *on_gpu(6, 8, 77, 40).chunk(2))
     assert not usable(on_gpu(2, 8, 4096, 40), *on_gpu(4, 8, 154, 40).chunk(2))
 
 
@@ -102,11 +103,14 @@ def test_parts_cover_with_little_left_over(number: int) -> None:
     assert second == 0 or first < number
 
 
-def test_no_tile_is_multiplied_by_wgmma() -> None:
+def test_no_small_block_is_multiplied_by_wgmma() -> None:
     for rows in (64, 256, 4096):
-        for width in (40, 64, 80, 160):
-            block, warps = tile(rows, width)
-            assert block < 64 or warps < 4
+        for keys in (16, 64, 77, 80):
+            for width in (40, 64, 80, 160):
+                chosen = tile(rows, keys, width)
+                blocks = [*chosen.keys, *chosen.width]
+                assert chosen.rows < 64 or chosen.warps < 4 or min(filter(None, blocks)) >= 64
+                assert sum(chosen.keys) >= keys and sum(chosen.width) >= width
 
 
 _INTERPRETED = """
