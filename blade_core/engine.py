@@ -201,6 +201,7 @@ class Engine:
                 raise
             if is_out_of_memory(error):
                 raise _failure(backend.name, request, error) from error
+            logger.debug("%s cannot be loaded", request.key, exc_info=True)
             reason = first_line(error)
         else:
             if difference is None:

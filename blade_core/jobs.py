@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -21,20 +22,29 @@ from .config import compile_workers
 from .key import GraphKey
 from .log import warn_once
 from .store import GraphStore
-from .worker import read, write
+from .worker import FORKS, Answer, Job, read, write
 
 _START = """
 import importlib.util, sys
-folder = sys.argv[1]
+folder, children = sys.argv[1:]
 spec = importlib.util.spec_from_file_location(
     "blade_core", folder + "/__init__.py", submodule_search_locations=[folder])
 sys.modules["blade_core"] = importlib.util.module_from_spec(spec)
 from blade_core.worker import main
-main()
+main(int(children))
 """
 """Without the host, and by no name that the host gave the pack."""
 
-_MOST = 8
+_VARIABLES = {
+    # Each compiles by itself: pools of pools would be more processes than cores.
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    # Asking CUDA itself would spoil it for children.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+
+_MOST, _WORTH = 12, 6
+"""How many processes there are at most, and from how many on they are faster than this one alone
+where somebody waits for them."""
 _VRAM_BYTES = 3 * 2**30
 """Free memory of a GPU for each process that compiles for it: it takes a quarter of that."""
 
@@ -67,9 +77,18 @@ class Jobs:
 
     def usable(self, device: torch.device) -> bool:
         """Whether other processes are to compile for `device`."""
+        return self._pool(device).count > 0
+
+    def pays(self, device: torch.device) -> bool:
+        """Whether they are faster than this one where somebody waits for them: if the user says
+        so, or if there are enough cores and enough of a GPU."""
+        asked = compile_workers() is not None
+        return self.usable(device) if asked else self._pool(device).count >= _WORTH
+
+    def _pool(self, device: torch.device) -> Workers:
         if self._workers is None:
             self._workers = Workers(worker_count(device))
-        return self._workers.count > 0
+        return self._workers
 
     def __contains__(self, key: object) -> bool:
         return key in self._running or key in self._held
@@ -134,74 +153,115 @@ class Jobs:
 
 
 class Workers:
-    """A pool of processes, started when there is work; they end by themselves without it.
-
-    A thread for each process waits for it, and dies with this process without being waited for.
-    """
+    """A pool of processes, started when there is work; they end by themselves without it."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._todo: queue.SimpleQueue[tuple[dict[str, Any], Future[Result]]] = queue.SimpleQueue()
-        self._threads = 0
-        self._own = threading.local()
-        self._processes: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
+        # One that forks children, or as many as there may be, each of which does one job at a time.
+        self._servers = [_Server(count) for _ in range(min(1, count) if FORKS else count)]
         atexit.register(self.close)
 
     def submit(self, backend: str, payload: bytes) -> Future[Result]:
         """Compile `payload`; fails with WorkerFailed."""
-        future: Future[Result] = Future()
-        self._todo.put(({"backend": backend, "payload": payload}, future))
-        if self._threads < self.count:
-            self._threads += 1
-            threading.Thread(target=self._serve, name="blade-compile", daemon=True).start()
-        return future
+        return min(self._servers, key=lambda server: server.busy).submit(backend, payload)
+
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        """Those that run."""
+        found = [server.process for server in self._servers]
+        return [process for process in found if process is not None and process.poll() is None]
 
     def close(self) -> None:
         """End all processes, also in the middle of their work."""
         atexit.unregister(self.close)
-        for process in list(self._processes):
-            process.kill()
+        for process in self.processes():
+            if FORKS:
+                os.killpg(process.pid, signal.SIGKILL)  # with its children
+            else:
+                process.kill()
 
-    def _serve(self) -> None:
+
+class _Server:
+    """One process that compiles, and two threads that talk with it.
+
+    Nobody else is held up when it does not listen: it imports a compiler first. The threads die
+    with this process without being waited for.
+    """
+
+    def __init__(self, children: int) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self._children = children
+        self._numbers = itertools.count()
+        self._todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._waiting: dict[int, Future[Result]] = {}
+        self._told: dict[int, subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def busy(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, backend: str, payload: bytes) -> Future[Result]:
+        job, future = Job(next(self._numbers), backend, payload), Future[Result]()
+        self._waiting[job.number] = future
+        self._todo.put(job)
+        if job.number == 0:
+            self._thread(self._tell)
+        return future
+
+    def _tell(self) -> None:
         while True:
-            job, future = self._todo.get()
-            try:
-                future.set_result(self._run(job))
-            except Exception as error:
-                future.set_exception(error)
+            job = self._todo.get()
+            # A process that ended for want of work leaves a broken pipe.
+            if not any(self._told_it(job) for _ in range(2)):
+                self._fail([job.number], "it cannot be started")
 
-    def _run(self, job: dict[str, Any]) -> Result:
-        answer = None
-        for _ in range(2):  # a process that ended for want of work leaves a broken pipe
-            process = self._process()
-            assert process.stdin is not None and process.stdout is not None
+    def _told_it(self, job: Job) -> bool:
+        with self._lock:
             try:
+                process = self._told[job.number] = self._running()
+                assert process.stdin is not None
                 write(process.stdin, job)
+                return True
             except OSError:
-                self._own.process = None
-                continue
-            answer = read(process.stdout)
-            break
-        if answer is None:
-            self._own.process = None
-            raise WorkerFailed("the process ended")
-        if answer["error"] is not None:
-            raise WorkerFailed(answer["error"])
-        return Result(answer["artifact"], answer["seconds"])
+                self._told.pop(job.number, None)
+                self.process = None
+                return False
 
-    def _process(self) -> subprocess.Popen[bytes]:
-        """This thread's process."""
-        process: subprocess.Popen[bytes] | None = getattr(self._own, "process", None)
-        if process is None or process.poll() is not None:
-            process = self._own.process = subprocess.Popen(
-                [sys.executable, "-s", "-c", _START, str(Path(__file__).parent)],
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self.process is None or self.process.poll() is not None:
+            folder = str(Path(__file__).parent)
+            self.process = subprocess.Popen(
+                [sys.executable, "-s", "-c", _START, folder, str(self._children)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # Each compiles by itself: pools of pools would be more processes than cores.
-                env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
+                env=os.environ | _VARIABLES,
+                start_new_session=FORKS,
             )
-            self._processes.add(process)
-        return process
+            self._thread(self._listen, self.process)
+        return self.process
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        while (answer := read(process.stdout)) is not None:
+            number, artifact, error, seconds = Answer(*answer)
+            if artifact is None:
+                self._fail([number], str(error))
+            else:
+                self._told.pop(number, None)
+                self._waiting.pop(number).set_result(Result(artifact, seconds))
+        process.wait()
+        with self._lock:  # what comes later is told to another
+            lost = [number for number, told in self._told.items() if told is process]
+        self._fail(lost, "the process ended")
+
+    def _fail(self, numbers: list[int], reason: str) -> None:
+        for number in numbers:
+            self._told.pop(number, None)
+            self._waiting.pop(number).set_exception(WorkerFailed(reason))
+
+    @staticmethod
+    def _thread(target: Callable[..., None], *args: Any) -> None:
+        threading.Thread(target=target, args=args, name="blade-compile", daemon=True).start()
 
 
 def worker_count(device: torch.device) -> int:

@@ -22,6 +22,10 @@ class Backend(Protocol):
         """Return None if the compiler can run for `device`, else the exact reason."""
         ...
 
+    def preload(self) -> None:
+        """Import what compiling and loading need, as far as that touches no GPU."""
+        ...
+
     def fingerprint(self) -> str:
         """Name, version and options: everything of the compiler that a key must count."""
         ...

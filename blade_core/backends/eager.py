@@ -21,6 +21,9 @@ class EagerBackend:
     def available(self, device: torch.device) -> str | None:
         return None
 
+    def preload(self) -> None:
+        """There is nothing to compile with."""
+
     def fingerprint(self) -> str:
         return "eager"
 

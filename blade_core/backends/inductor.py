@@ -11,7 +11,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from ..errors import NotPrivate, first_line, is_cancel, is_out_of_memory
-from ..graph import Compiled, GraphFunction, GraphRequest, dump, trace, undump
-from ..kernels.passes import KERNELS, use_kernels
+from ..graph import Compiled, GraphFunction, GraphRequest, trace
+from ..kernels.passes import KERNELS, OPERATORS, use_kernels
 from ..key import set_switches, switches
 from ..log import warn_once
 from ..private import why_not_private
@@ -42,6 +42,13 @@ _OPTIONS: dict[str, Any] = {
     # On channels-last data a 1x1 convolution is a matrix product without any copy.
     "conv_1x1_as_mm": True,
 }
+
+_NEWER: dict[str, Any] = {
+    # Blade's own kernels are stored and launched as Inductor's are, so that loading a graph
+    # compiles no launchers (torch 2.11).
+    "static_launch_user_defined_triton_kernels": True,
+}
+"""What not every torch knows."""
 
 _LARGE_IMAGE = 256 * 256
 """Rows and columns from which on a group of channels is too much for one program to reduce."""
@@ -71,8 +78,17 @@ class InductorBackend:
             return _no_triton(device)
         return f"Blade has not been tried on {device.type!r} devices"
 
+    def preload(self) -> None:
+        with suppress(ImportError):  # of older torch
+            import torch._inductor.compile_fx
+            import torch._inductor.lowering
+            import torch._inductor.standalone_compile  # noqa: F401
+
+            for operator in OPERATORS:
+                operator()
+
     def fingerprint(self) -> str:
-        options = " ".join(f"{key}={value}" for key, value in sorted(_OPTIONS.items()))
+        options = " ".join(f"{key}={value}" for key, value in sorted(_options().items()))
         kernels = " ".join(f"{name}={KERNELS[name]}" for name in sorted(self.kernels))
         return f"inductor {torch.__version__} {options} {kernels}"
 
@@ -84,20 +100,14 @@ class InductorBackend:
     def job(self, request: GraphRequest) -> bytes | None:
         if request.frozen or not hasattr(torch._inductor, "standalone_compile"):
             return None
-        tensors = (*request.weights, *request.inputs)
-        job = _Job(
-            dump(trace(request)),
-            [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors],
-            self.kernels,
-            switches(),
-        )
-        return pickle.dumps(tuple(job))
+        return pickle.dumps(tuple(_Job.of(trace(request), self.kernels)))
 
     def compile_job(self, job: bytes) -> bytes:
         todo = _Job(*pickle.loads(job))
         set_switches(todo.switches)
-        *_, device = todo.tensors[0]
-        return replace(self, kernels=todo.kernels)._with_kernels(device, todo.trace, _build_alone)
+        first = next(iter(todo.trace().graph.nodes)).meta["val"]
+        build = replace(self, kernels=todo.kernels)._with_kernels
+        return build(first.device, todo.trace, _build_alone)
 
     def _with_kernels(
         self,
@@ -183,34 +193,40 @@ def _build(module: torch.fx.GraphModule, request: GraphRequest) -> Compiled:
 
 def _patches(arguments: Sequence[torch.Tensor]) -> dict[str, Any]:
     large = any(t.ndim == 4 and t.shape[2] * t.shape[3] >= _LARGE_IMAGE for t in arguments)
-    return _OPTIONS | {"split_reductions": _OPTIONS["split_reductions"] or large}
+    return _options() | {"split_reductions": _OPTIONS["split_reductions"] or large}
+
+
+def _options() -> dict[str, Any]:
+    from torch._inductor import config
+
+    return _OPTIONS | {key: value for key, value in _NEWER.items() if hasattr(config, key)}
 
 
 class _Job(NamedTuple):
-    """A graph for another process.
-
-    graph: traced, before any pass, as `graph.dump` gives it.
-    tensors: shape, strides, dtype and device of each argument.
-    """
+    """A graph for another process, traced, before any pass."""
 
     graph: bytes
-    tensors: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]]
     kernels: tuple[str, ...]
     switches: dict[str, bool]
 
+    @classmethod
+    def of(cls, module: torch.fx.GraphModule, kernels: tuple[str, ...]) -> _Job:
+        from torch.fx._graph_pickler import GraphPickler, Options
+
+        # Python's own pickle would write code, and trace that once more where it is read: what
+        # is made without any input would be a constant then.
+        return cls(GraphPickler.dumps(module, Options(ops_filter=None)), kernels, switches())
+
     def trace(self) -> torch.fx.GraphModule:
-        """The graph with what tracing notes for each node, which does not travel."""
+        """The graph with what tracing has noted for each node."""
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.fx._graph_pickler import GraphPickler
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         # Without an environment for shapes, torch would not store what it compiles.
-        with FakeTensorMode(shape_env=ShapeEnv()):
-            fake = [
-                torch.empty_strided(shape, stride, dtype=dtype, device=device)
-                for shape, stride, dtype, device in self.tensors
-            ]
-            return make_fx(undump(self.graph))(*fake)
+        module = GraphPickler.loads(self.graph, FakeTensorMode(shape_env=ShapeEnv()))
+        assert isinstance(module, torch.fx.GraphModule)
+        return module
 
 
 def _build_alone(module: torch.fx.GraphModule) -> bytes:

@@ -60,6 +60,9 @@ class TorchBladeBackend:
             return "torch finds no CUDA GPU"
         return None
 
+    def preload(self) -> None:
+        """It looks for a GPU while it is imported."""
+
     def fingerprint(self) -> str:
         package = _probe()
         if isinstance(package, str):

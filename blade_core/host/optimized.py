@@ -19,7 +19,7 @@ from torch import nn
 
 from ..backends import Backend
 from ..capture import CaptureBudget, CapturePool, Replayer, Work
-from ..config import OptimizeConfig, compile_workers
+from ..config import OptimizeConfig
 from ..engine import Engine
 from ..errors import BackendUnavailable, UnknownStructure, WeightsFrozen
 from ..key import GraphKey, environment
@@ -234,10 +234,9 @@ class OptimizedModel:
         return self._run is not None and self._run.pending
 
     def _parallel(self, device: torch.device) -> bool:
-        """Whether other processes are to compile. Where the user waits anyway only if asked for:
-        what their start costs has not been measured on enough machines."""
-        wanted = self.config.compile == "background" or compile_workers() is not None
-        return wanted and self._engine.jobs.usable(device)
+        """Whether other processes are to compile."""
+        jobs = self._engine.jobs
+        return jobs.usable(device) if self.config.compile == "background" else jobs.pays(device)
 
     def _describe_outer(self, model: nn.Module) -> str | None:
         try:

@@ -35,6 +35,15 @@ KERNELS = {
 }
 """Name and version of each kernel that can be asked for, and of what goes without one."""
 
+OPERATORS = (
+    group_norm.operator,
+    short_attention.operator,
+    flash_attention.operator,
+    geglu.operator,
+    layer_norm.operators,
+)
+"""What registers them with torch."""
+
 
 def use_kernels(module: fx.GraphModule, kernels: Collection[str]) -> int:
     """Change `module` in place; return how many of its nodes are Blade's kernels now."""

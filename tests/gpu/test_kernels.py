@@ -11,7 +11,14 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from blade.blade_core.backends.inductor import InductorBackend
-from blade.blade_core.kernels import group_norm, short_attention
+from blade.blade_core.kernels import (
+    flash_attention,
+    geglu,
+    group_norm,
+    layer_norm,
+    short_attention,
+)
+from blade.blade_core.kernels.device import HOPPER
 from blade.blade_core.recorder import CudaRecorder
 
 CUDA = torch.device("cuda")
@@ -30,7 +37,16 @@ LARGE = [(512, 256, 256), (256, 1024, 1024), (128, 1024, 1024), (128, 616, 984)]
 ATTENTIONS = [
     *((8, 4096, 77, 40), (8, 1024, 77, 80), (8, 256, 77, 160), (8, 64, 77, 160), (8, 64, 64, 160)),
     *((20, 1024, 77, 64), (8, 960, 77, 40), (8, 240, 77, 80), (8, 60, 60, 160), (5, 33, 1, 64)),
+    *((10, 4096, 77, 64), (20, 130, 80, 64), (20, 64, 65, 64), (20, 1024, 64, 64)),
 ]
+# (heads, L, S, D), of SD1.5 at 512x512 and 320x192, of SDXL, and others
+LONG_ATTENTIONS = [
+    *((8, 1024, 1024, 80), (8, 256, 256, 160), (20, 1024, 1024, 64), (8, 240, 240, 80)),
+    *((8, 60, 90, 160), (20, 576, 576, 64), (8, 1024, 154, 40), (5, 33, 81, 96), (3, 65, 129, 128)),
+]
+ON_HOPPER = pytest.mark.skipif(
+    torch.cuda.get_device_capability() != HOPPER, reason="written for other GPUs"
+)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -124,6 +140,66 @@ def test_nan_in_attention_stays_in_its_head() -> None:
     actual = short_attention.operator()(q, k, v, 0.2)
     assert actual[1, 3].isnan().all()
     assert actual.isnan().sum() == 96 * 40
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("shape", LONG_ATTENTIONS, ids=str)
+def test_flash_attention(shape: tuple[int, int, int, int]) -> None:
+    heads, rows, keys, width = shape
+    for batch in (1, 2):
+        for dtype, size in ((torch.float16, 1.0), (torch.bfloat16, 1.0), (torch.float16, 8.0)):
+            q = heads_of(noise(batch, rows, heads * width, dtype=dtype) * size, heads)
+            k, v = heads_of(noise(2 * batch, keys, heads * width, dtype=dtype), heads).chunk(2)
+            assert flash_attention.usable(q, k, v)
+            for _ in range(2):  # twice the same: nothing is read before it is written
+                actual = flash_attention.operator()(q, k, v, width**-0.5)
+                scores = q.double() @ k.double().transpose(2, 3) * width**-0.5
+                assert relative_rms(actual, scores.softmax(-1) @ v.double()) <= BOUND[dtype]
+                assert actual.transpose(1, 2).is_contiguous()
+
+
+@ON_HOPPER
+def test_nan_in_flash_attention_stays_in_its_head() -> None:
+    q, k, v = (heads_of(noise(2, n, 640), 8) for n in (96, 200, 200))
+    k[1, 3, 199, 79] = torch.nan
+    actual = flash_attention.operator()(q, k, v, 0.2)
+    assert actual[1, 3].isnan().all()
+    assert actual.isnan().sum() == 96 * 80
+
+
+@ON_HOPPER
+@pytest.mark.parametrize(
+    ("rows", "depth", "width"),
+    [(8192, 320, 1280), (2048, 640, 2560), (2048, 1280, 5120), (1950, 640, 2560), (1025, 64, 128)],
+)
+def test_geglu(rows: int, depth: int, width: int) -> None:
+    for dtype in BOUND:
+        weight = noise(2 * width, depth, dtype=dtype) * depth**-0.5
+        given = (noise(rows, depth, dtype=dtype), weight, noise(2 * width, dtype=dtype))
+        assert geglu.usable(*given)
+        for _ in range(2):
+            expected = geglu.reference(*(t.double() for t in given))
+            assert relative_rms(geglu.operator()(*given), expected) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("shape", [(2, 1024, 1280), (1, 77, 2560), (2, 4096, 320), (3, 5, 4096)])
+def test_layer_norm(shape: tuple[int, ...]) -> None:
+    width = shape[-1]
+    alone, summed = layer_norm.operators()
+    for dtype, mean in ((torch.float16, 0.0), (torch.bfloat16, 0.0), (torch.float16, 40.0)):
+        x, term = noise(*shape, dtype=dtype) + mean, noise(*shape, dtype=dtype)
+        shift, weight, bias = noise(3, width, dtype=dtype)
+        assert layer_norm.usable(x, True)
+        for given in ((shift, term), (None, term), (shift, None)):
+            total, normed = summed(x, *given, weight, bias, 1e-5)
+            wide: list[Any] = [None if t is None else t.double() for t in (x, *given, weight, bias)]
+            expected = sum(t for t in wide[:3] if t is not None)
+            assert relative_rms(total, expected) <= BOUND[dtype]
+            # Of the sum as it is rounded: that is what eager takes, too.
+            expected = functional.layer_norm(total.double(), (width,), wide[3], wide[4], 1e-5)
+            assert relative_rms(normed, expected) <= BOUND[dtype]
+        expected = functional.layer_norm(x.double(), (width,), weight.double(), bias.double())
+        assert relative_rms(alone(x, weight, bias, 1e-5), expected) <= BOUND[dtype]
 
 
 class Block(nn.Module):

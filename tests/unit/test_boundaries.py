@@ -28,6 +28,7 @@ ALSO = {
     "blade_core/kernels/geglu_triton.py": {"triton"},
     "blade_core/kernels/group_norm_triton.py": {"triton"},
     "blade_core/kernels/grouped_linear_triton.py": {"triton"},
+    "blade_core/kernels/launch.py": {"triton"},
     "blade_core/kernels/layer_norm_triton.py": {"triton"},
     "blade_core/kernels/short_attention_triton.py": {"triton"},
     "nodes/routes.py": {"aiohttp"},

@@ -46,6 +46,9 @@ class Fake:
     def available(self, device: torch.device) -> str | None:
         return self.reason
 
+    def preload(self) -> None:
+        pass
+
     def fingerprint(self) -> str:
         return self.name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import time
@@ -18,9 +19,10 @@ from blade.blade_core.backends import BACKENDS, Backend
 from blade.blade_core.engine import Engine
 from blade.blade_core.errors import InvalidChoice
 from blade.blade_core.graph import Graph, GraphRequest
-from blade.blade_core.jobs import worker_count
+from blade.blade_core.jobs import Workers, worker_count
 from blade.blade_core.key import set_switches, switches
 from blade.blade_core.log import forget_said
+from blade.blade_core.worker import FORKS
 
 PATIENCE = 120.0
 EAGER = BACKENDS["eager"]
@@ -144,8 +146,8 @@ def test_a_process_that_dies_costs_a_warning(
     assert soon(engine, request) is None
     workers = engine.jobs._workers
     assert workers is not None
-    until(lambda: len(workers._processes) == 1)
-    for process in list(workers._processes):
+    until(lambda: len(workers.processes()) == 1)
+    for process in workers.processes():
         os.kill(process.pid, signal.SIGTERM)
     until(lambda: engine.jobs.finished == 1)
     with engine.counters.expect(graphs_compiled=1, compile_failures=0):
@@ -175,6 +177,59 @@ def test_what_a_process_cannot_compile_is_compiled_here(
     with engine.counters.expect(graphs_compiled=1, compile_failures=0):
         assert same(now(engine, request, Broken()), request)
     assert any("UnpicklingError" in message for message in caplog.messages)
+
+
+class Deadly(type(EAGER)):  # type: ignore[misc]
+    """Leaves work to other processes that they do not survive."""
+
+    name = "inductor"
+
+    class Job:
+        def __reduce__(self) -> Any:
+            return os._exit, (1,)
+
+    def job(self, request: GraphRequest) -> bytes:
+        return pickle.dumps(self.Job())
+
+
+@pytest.mark.skipif(not FORKS, reason="there the process itself ends")
+def test_a_child_that_dies_costs_its_own_graph_only(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, third = requests(3)
+    assert soon(engine, first) is soon(engine, third) is None
+    assert soon(engine, second, Deadly()) is None
+    until(lambda: engine.jobs.finished == 3)
+    for request in (first, third):
+        assert same(now(engine, request), request)
+    assert not caplog.messages
+    assert same(now(engine, second, Deadly()), second)
+    assert any("the process ended" in message for message in caplog.messages)
+
+
+@pytest.mark.skipif(not FORKS, reason="there are as many processes as jobs")
+def test_one_process_has_children_that_work_at_once() -> None:
+    """As many as it was told, and each answer is its own job's."""
+
+    class Slow:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __reduce__(self) -> Any:
+            return exec, (f"import time; time.sleep(2); raise ValueError({self.number})",)
+
+    workers = Workers(4)
+    try:
+        workers.submit("eager", b"it has started").result(PATIENCE)
+        start = time.monotonic()
+        jobs = [workers.submit("inductor", pickle.dumps(Slow(n))) for n in range(5)]
+        told = [str(job.exception(PATIENCE)) for job in jobs]
+        took = time.monotonic() - start
+        assert told == [f"ValueError: {n}" for n in range(5)]
+        assert 4 <= took < 8  # four at once, then the fifth; one by one they would take ten
+        assert len(workers.processes()) == 1
+    finally:
+        workers.close()
 
 
 def test_what_only_this_process_can_compile_is_compiled_at_once(engine: Engine) -> None:
@@ -211,6 +266,26 @@ def test_inductor_compiles_in_another_process(
     assert engine.jobs.finished == 1
     said = [record for record in caplog.records if record.name == "blade"]
     assert not [record for record in said if record.levelname == "WARNING"]
+
+
+class Enlarged(Unit):
+    """Makes indices without any input, as the host's Upsample does where it is traced."""
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, scale: float) -> torch.Tensor:
+        row = torch.arange(2 * x.shape[2], device=x.device) // 2
+        return super().forward(x[:, :, row] * (1.0 + row[:, None]), emb, scale)
+
+
+def test_what_a_graph_makes_by_itself_stays_in_it(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = BACKENDS["inductor"]
+    with torch.inference_mode():  # as the host samples
+        request = request_of(Enlarged())
+        assert soon(engine, request, backend) is None
+        with engine.counters.expect(graphs_compiled=1, artifacts_dropped=0):
+            assert same(now(engine, request, backend), request)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize("side", [8, 256])
@@ -254,11 +329,13 @@ def test_switches_travel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker_count(CPU) == 2
+    assert Engine().jobs.pays(CPU)  # the user says so
     monkeypatch.setenv("BLADE_COMPILE_WORKERS", "0")
     assert worker_count(CPU) == 0
-    assert not Engine().jobs.usable(CPU)
+    assert not Engine().jobs.usable(CPU) and not Engine().jobs.pays(CPU)
     monkeypatch.delenv("BLADE_COMPILE_WORKERS")
     assert worker_count(CPU) == 1
+    assert Engine().jobs.usable(CPU) and not Engine().jobs.pays(CPU)
     monkeypatch.setenv("BLADE_COMPILE_WORKERS", "many")
     with pytest.raises(InvalidChoice, match="BLADE_COMPILE_WORKERS is 'many'"):
         worker_count(CPU)
@@ -271,8 +348,8 @@ def test_processes_do_not_outlive_the_engine(engine: Engine) -> None:
     assert soon(engine, request_of(inputs=inputs_of((1, 4, 8, 8)))) is None
     workers = engine.jobs._workers
     assert workers is not None
-    until(lambda: len(workers._processes) == 1)
-    processes = list(workers._processes)
+    until(lambda: len(workers.processes()) == 1)
+    processes = workers.processes()
     engine.jobs.close()
     for process in processes:
         process.wait(timeout=PATIENCE)
