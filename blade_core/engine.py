@@ -86,6 +86,14 @@ class Engine:
             warn_once(f"{_cannot(config.backend, why_not)} Blade uses {usable[0].name} instead.")
         return usable[:1] if config.strict else usable
 
+    def expect(self, config: OptimizeConfig, device: torch.device) -> None:
+        """A model is going to run on `device`. Where no graph was ever made, all of them will be
+        missing: other processes import their compiler while the host still loads the model."""
+        made = len(self.cache) or (self.store is not None and self.store.stored().graphs)
+        names = (config.backend, *(_ORDER if config.backend == "auto" else ()))
+        if not made and "inductor" in names and self.jobs.pays(device):
+            self.jobs.start(device)
+
     def graph(
         self,
         key: GraphKey,

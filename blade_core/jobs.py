@@ -85,6 +85,10 @@ class Jobs:
         asked = compile_workers() is not None
         return self.usable(device) if asked else self._pool(device).count >= _WORTH
 
+    def start(self, device: torch.device) -> None:
+        """Let them get ready for work that is going to come."""
+        self._pool(device).submit("eager", b"")
+
     def _pool(self, device: torch.device) -> Workers:
         if self._workers is None:
             self._workers = Workers(worker_count(device))

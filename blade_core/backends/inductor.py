@@ -26,6 +26,7 @@ from ..kernels.passes import KERNELS, OPERATORS, use_kernels
 from ..key import set_switches, switches
 from ..log import warn_once
 from ..private import why_not_private
+from ..travel import pack, unpack
 
 # For inference, one graph a unit, launched one by one, where launches cost more than kernels;
 # measured in docs/log.md.
@@ -100,7 +101,7 @@ class InductorBackend:
     def job(self, request: GraphRequest) -> bytes | None:
         if request.frozen or not hasattr(torch._inductor, "standalone_compile"):
             return None
-        return pickle.dumps(tuple(_Job.of(trace(request), self.kernels)))
+        return pickle.dumps(tuple(_Job(pack(trace(request)), self.kernels, switches())))
 
     def compile_job(self, job: bytes) -> bytes:
         todo = _Job(*pickle.loads(job))
@@ -209,24 +210,8 @@ class _Job(NamedTuple):
     kernels: tuple[str, ...]
     switches: dict[str, bool]
 
-    @classmethod
-    def of(cls, module: torch.fx.GraphModule, kernels: tuple[str, ...]) -> _Job:
-        from torch.fx._graph_pickler import GraphPickler, Options
-
-        # Python's own pickle would write code, and trace that once more where it is read: what
-        # is made without any input would be a constant then.
-        return cls(GraphPickler.dumps(module, Options(ops_filter=None)), kernels, switches())
-
     def trace(self) -> torch.fx.GraphModule:
-        """The graph with what tracing has noted for each node."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.fx._graph_pickler import GraphPickler
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-        # Without an environment for shapes, torch would not store what it compiles.
-        module = GraphPickler.loads(self.graph, FakeTensorMode(shape_env=ShapeEnv()))
-        assert isinstance(module, torch.fx.GraphModule)
-        return module
+        return unpack(self.graph)
 
 
 def _build_alone(module: torch.fx.GraphModule) -> bytes:

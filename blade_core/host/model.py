@@ -220,6 +220,7 @@ def optimize_model(
     clone = non_dynamic_clone(model)
     _remove_blade(clone)
     session().prepare(clone.model.diffusion_model)
+    session().engine.expect(config, clone.load_device)
     switch_in_place(clone)
     attachment = Attachment(config, node_id)
     clone.set_attachments(_KEY, attachment)

@@ -19,6 +19,9 @@ Node: TypeAlias = Any
 """A node of torch.fx, whose arguments have no types."""
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
+_SAME_VALUES = (*_VIEWS, aten.permute.default, aten.clone.default)
+"""Torch takes copies for dropout that is off, and for layouts that it takes channels-last not to
+have; compilers leave those out."""
 
 
 def fuse_layer_norms(graph: fx.Graph, usable: Callable[[torch.Tensor, bool], bool]) -> int:
@@ -134,23 +137,37 @@ def _summed(source: Node) -> tuple[Node, Node | None, Node | None]:
     return *terms, None
 
 
-def _layer_with_bias(view: Node) -> Node | None:
-    """The linear layer or 1x1 convolution whose channels only `view` shows, as its last dimension;
+def _layer_with_bias(x: Node) -> Node | None:
+    """The linear layer or 1x1 convolution whose channels only `x` shows, as its last dimension;
     for one that has a bias."""
-    if view.target not in _VIEWS:
+    product = x
+    while product.target in _SAME_VALUES and (product is x or len(product.users) == 1):
+        product = product.args[0]
+    if not _has_bias(product):
         return None
-    product: Any = view.args[0]
-    if product.target is aten.permute.default and list(product.args[1]) == [0, 2, 3, 1]:
-        turned, product = product, product.args[0]
-        if product.target is not aten.convolution.default or not _is_product(product):
-            return None
-        bias, users = product.args[2], [turned, product]
-    elif product.target is aten.addmm.default and not product.kwargs:
-        bias, users = product.args[0], [product]
-    else:
-        return None
-    fits = value(bias).ndim == 1 and value(bias).shape[0] == value(view).shape[-1]
-    return product if fits and all(len(node.users) == 1 for node in users) else None
+    last, behind = _shown(product)
+    return product if last is x and behind else None
+
+
+def _has_bias(product: Node) -> bool:
+    if product.target is aten.addmm.default:
+        return not product.kwargs and value(product.args[0]).ndim == 1
+    return product.target is aten.convolution.default and _is_product(product)
+
+
+def _shown(product: Node) -> tuple[Node, bool]:
+    """What all that use a product see of it, and whether its channels are the last dimension."""
+    channels = value(product).shape[1]
+    last, behind = product, product.target is aten.addmm.default
+    while (user := only_user(last, *_SAME_VALUES)) is not None:
+        if user.target is aten.permute.default:
+            if behind or list(user.args[1]) != [0, 2, 3, 1]:  # type: ignore[arg-type]
+                break
+            behind = True
+        elif user.target in _VIEWS and not (behind and value(user).shape[-1] == channels):
+            break
+        last = user
+    return last, behind
 
 
 def _without_bias(node: Node) -> Node:
@@ -208,21 +225,17 @@ def _layer(split: Node) -> tuple[Node, Node, Node] | None:
     return tokens, turned.args[0], bias
 
 
-def _reader(node: Node) -> tuple[Node, Sequence[int]] | None:
+def _reader(product: Node) -> tuple[Node, Sequence[int]] | None:
     """The view of a product that is read, and the shape in which its bias fits that; None if
     anything but sums and LayerNorms reads it."""
-    channels = value(node).shape[1]
-    last, form = node, [channels, 1, 1]
-    turned: Node = only_user(node, aten.permute.default)
-    view = only_user(turned or node, *_VIEWS)
-    if view is not None and _layer_with_bias(view) is node:
-        last, form = view, [channels]
-    elif node.target is aten.addmm.default or not _is_product(node):
+    if not _has_bias(product):
         return None
-    elif turned is not None and list(turned.args[1]) == [0, 2, 3, 1]:
-        last, form = turned, [channels]
+    last, behind = _shown(product)
+    if last is product and behind:  # torch would put the sum back into the product
+        return None
+    channels = value(product).shape[1]
     sums = [r.target is aten.native_layer_norm.default or _is_sum(r) for r in last.users]
-    return (last, form) if sums and all(sums) else None
+    return (last, [channels] if behind else [channels, 1, 1]) if sums and all(sums) else None
 
 
 def _is_sum(node: Node) -> bool:

@@ -16,6 +16,7 @@ import torch
 from blade_tests.unit.samples import CPU, Unit, inputs_of, request_of
 
 from blade.blade_core.backends import BACKENDS, Backend
+from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
 from blade.blade_core.errors import InvalidChoice
 from blade.blade_core.graph import Graph, GraphRequest
@@ -230,6 +231,29 @@ def test_one_process_has_children_that_work_at_once() -> None:
         assert len(workers.processes()) == 1
     finally:
         workers.close()
+
+
+def test_they_get_ready_where_nothing_was_ever_compiled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def processes() -> int:
+        assert engine.jobs._workers is not None
+        return len(engine.jobs._workers.processes())
+
+    engine.expect(OptimizeConfig(backend="eager"), CPU)  # has nothing to import
+    assert processes() == 0
+    (request,) = requests(1)
+    now(engine, request)
+    engine.expect(OptimizeConfig(), CPU)  # some are there, and perhaps all
+    assert processes() == 0
+    engine.cache.clear()
+    monkeypatch.delenv("BLADE_COMPILE_WORKERS")
+    engine.expect(OptimizeConfig(), CPU)  # they would not be used unless asked for
+    assert processes() == 0
+    monkeypatch.setenv("BLADE_COMPILE_WORKERS", "2")
+    engine.expect(OptimizeConfig(), CPU)
+    until(lambda: processes() == 1)
+    assert engine.jobs.finished == 0
 
 
 def test_what_only_this_process_can_compile_is_compiled_at_once(engine: Engine) -> None:

@@ -38,8 +38,8 @@ class Tokens(nn.Module):
 
     def forward(self, image: torch.Tensor, scale: float) -> torch.Tensor:
         batch, channels, height, width = image.shape
-        x = self.proj_in(image).movedim(1, 3).flatten(1, 2).contiguous()
-        x = self.outs[0](self.norms[0](x)) + x
+        x = self.proj_in(image).contiguous().movedim(1, 3).flatten(1, 2).contiguous()
+        x = self.outs[0](self.norms[0](x)).clone() + x
         x = self.outs[1](self.norms[1](x) * scale) + x
         value, gate = self.up(self.norms[2](x)).chunk(2, dim=-1)
         x = x + self.down(value * functional.gelu(gate))
@@ -159,6 +159,8 @@ def linear(x: torch.Tensor) -> torch.Tensor:
     [
         (lambda x: normed(linear(x) + x), True, True),
         (lambda x: normed(x + linear(x)), True, True),
+        (lambda x: normed(x + linear(x).clone().view(15, C).clone().view(3, 5, C)), True, True),
+        (lambda x: normed(x + (linear(x).sum() + linear(x))), False, True),
         (lambda x: normed(y := x + linear(x)) + y, True, True),
         (lambda x: (y := x + linear(x)).sin() + normed(y), False, False),
         (lambda x: normed((y := linear(x)) + x) + y, False, True),
@@ -259,6 +261,10 @@ def test_the_gate_may_stand_first() -> None:
     ("function", "moved"),
     [
         (lambda x: linear(x) + x, 1),
+        (lambda x: linear(x).clone() + x, 1),
+        (lambda x: linear(x).view(15, C).clone() + x.view(15, C), 1),
+        (lambda x: linear(x).view(15, 2, C // 2) + x.view(15, 2, C // 2), 0),
+        (lambda x: linear(x).permute(0, 2, 1) + x.permute(0, 2, 1), 0),
         (lambda x: normed(linear(x)), 1),
         (lambda x: (y := linear(x)) + normed(y), 1),
         (lambda x: linear(x).relu() + x, 0),
