@@ -50,7 +50,7 @@ MEASURED: dict[str, str] = {
     "tflop_per_step": "matrix products, convolutions and attention of a step, counted",
     "peak_share": "tflop_per_step / step_kernel_ms as a share of matrix_peak_tflops",
     "graphs": "graphs compiled for this row",
-    "compile_s": "seconds spent compiling them",
+    "compile_s": "seconds spent compiling them, of all processes together",
     "graphs_loaded": "graphs taken from disk instead",
     "load_s": "seconds spent loading them",
     "graph_mib": "MiB that all graphs hold",

@@ -253,7 +253,7 @@ def decodes(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -
             if rows.value(scenario, system, "step_ms") is None:
                 cells[0] = _missing(rows, scenario, system)
             lines.append([title(scenario), system, *cells, _latents(rows, scenario)(system)])
-    head = ["", "system", "decode", "GPU busy", "tensors", "first", "of it compiling", "pixels"]
+    head = ["", "system", "decode", "GPU busy", "tensors", "first", "compiling", "pixels"]
     return [*_table(head, lines), *_errors(rows, scenarios)]
 
 

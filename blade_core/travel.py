@@ -6,9 +6,7 @@ where it is read: what is made without any input would be a constant then.
 
 from __future__ import annotations
 
-import importlib
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,8 +43,8 @@ def _pickler() -> Any:
         def reducer_override(self, obj: object) -> Any:
             if isinstance(obj, torch.memory_format):
                 return getattr, (torch, str(obj).removeprefix("torch."))
-            if isinstance(obj, ModuleType):
-                return importlib.import_module, (obj.__name__,)
+            if obj is torch:
+                return __import__, ("torch",)
             return super().reducer_override(obj)
 
     return Pickler

@@ -17,7 +17,7 @@ from torch.nn import functional
 from .device import is_hopper
 from .launch import Traced
 
-VERSION = 1
+VERSION = 2
 """Counts changes of the kernel. Compiled graphs that are kept are of one version."""
 
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 64
@@ -76,6 +76,7 @@ def run(
         weight,
         bias,
         out,
+        depth,
         ROWS=rows,
         COLUMNS=columns,
         DEPTH=depth,

@@ -13,6 +13,7 @@ def geglu(
     weight,
     bias,
     out,
+    depth,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -23,7 +24,8 @@ def geglu(
 ):
     """One tile of the result, from one product with each value's column beside its gate's.
 
-    Tiles of `TOGETHER` blocks of rows go one after the other, so that they share what they read.
+    `depth` is DEPTH once more: over a number that it knows, Triton would unroll the loop, and
+    compile for seconds. Tiles of `TOGETHER` blocks of rows go one after the other, so that they share what they read.
     """
     blocks: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
     wide: tl.constexpr = TOGETHER * (COLUMNS // BLOCK_C)
@@ -39,7 +41,7 @@ def geglu(
     a = x + (r if ROWS % BLOCK_R == 0 else tl.minimum(r, ROWS - 1))[:, None] * DEPTH + d[None, :]
     b = weight + column[None, :] * DEPTH + d[:, None]
     total = tl.zeros((BLOCK_R, 2 * BLOCK_C), dtype=tl.float32)
-    for _ in range(0, DEPTH, BLOCK_D):
+    for _ in range(0, depth, BLOCK_D):
         total = tl.dot(tl.load(a), tl.load(b), total)
         a += BLOCK_D
         b += BLOCK_D

@@ -129,7 +129,8 @@ def test_the_host_adapter_does_not_see_the_nodes() -> None:
 @pytest.mark.parametrize("path", sorted(BACKENDS.glob("*.py")), ids=lambda path: path.stem)
 def test_backends_see_little_and_not_each_other(path: Path) -> None:
     allowed = tuple(
-        f"blade.blade_core.{name}" for name in ("graph", "errors", "log", "key", "private")
+        f"blade.blade_core.{name}"
+        for name in ("graph", "errors", "log", "key", "private", "travel")
     )
     allowed += ("blade.blade_core.backends.base", "blade.blade_core.kernels")
     if path.stem == "__init__":
