@@ -19,6 +19,7 @@ from ..config import OptimizeConfig, capture_bytes, lora_cache_bytes, store_byte
 from ..engine import Engine
 from ..log import logger
 from ..recorder import CudaRecorder
+from .conds import to_device
 from .control import OptimizedControlNet
 from .dynamic import non_dynamic_clone
 from .lora_library import LoraLibrary
@@ -169,6 +170,15 @@ class Attachment:
             for state in session().states(patcher.model.diffusion_model):
                 state.drop_captures()
 
+    def sample(
+        self, executor: Callable[..., torch.Tensor], guider: Any, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The SAMPLER_SAMPLE wrapper: a run begins, and its prompts are what they will be."""
+        conds = getattr(guider, "conds", None)
+        if isinstance(conds, dict):
+            to_device(conds, guider.model_patcher.load_device)
+        return executor(guider, *args, **kwargs)
+
     def wrap(
         self, executor: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -224,6 +234,7 @@ def optimize_model(
     switch_in_place(clone)
     attachment = Attachment(config, node_id)
     clone.set_attachments(_KEY, attachment)
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY, attachment.sample)
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, attachment.wrap)
     clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, _KEY, attachment.pre_run)
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, _KEY, attachment.cleanup)
@@ -258,6 +269,7 @@ def stats(model: ModelPatcher | None = None) -> dict[str, Any]:
 def _remove_blade(model: ModelPatcher) -> None:
     as_stock(model)
     model.remove_attachments(_KEY)
+    model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, _KEY)
     model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, _KEY)
     model.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, _KEY)
     model.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, _KEY)

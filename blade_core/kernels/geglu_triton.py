@@ -25,7 +25,8 @@ def geglu(
     """One tile of the result, from one product with each value's column beside its gate's.
 
     `depth` is DEPTH once more: over a number that it knows, Triton would unroll the loop, and
-    compile for seconds. Tiles of `TOGETHER` blocks of rows go one after the other, so that they share what they read.
+    compile for seconds. Tiles of `TOGETHER` blocks of rows go one after the other, so that they
+    share what they read.
     """
     blocks: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
     wide: tl.constexpr = TOGETHER * (COLUMNS // BLOCK_C)
