@@ -44,8 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Which tests share a process: a file's share what they set up, others a server or the GPU."""
+    """Which tests share a process: a file's share what they set up, others a server or the GPU.
+
+    With `--dist load` none do: for tests that measure no memory, such as those of the kernels,
+    which compile for longer than they run.
+    """
     from xdist.scheduler import LoadScopeScheduling
+
+    if config.getvalue("dist") == "load":
+        return None
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:

@@ -18,12 +18,12 @@ from comfy.cldm.cldm import ControlNet as ControlModel
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from torch import nn
 
-from .block import RunContext
 from .optimized import OptimizedModel
 from .patches import UNPATCHED
 from .progress import CompileProgress
 from .shadow import Holder
 from .unet_block import UNetBlock
+from .unit import RunContext
 
 _LISTS = ("input_blocks", "zero_convs")
 _SINGLE = ("middle_block", "middle_block_out")

@@ -26,10 +26,11 @@ from ..key import GraphKey, environment
 from ..log import logger, warn_once
 from ..structure import describe_classes
 from .attention import attention_names
-from .block import OptimizedBlock, RunContext
+from .block import OptimizedBlock
 from .progress import CompileProgress
 from .projections import Projections
 from .step import describe_outer, not_capturable, outer_modules, replaced_by_others
+from .unit import RunContext
 from .weights import ChannelsLast, Watch, parameter_slots, when_freed
 
 _REBUILD = (

@@ -8,9 +8,10 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed
 from torch import nn
 
-from .block import OptimizedBlock, RunContext
+from .block import OptimizedBlock
 from .blocks import Layer, Step, count_transformers, program
 from .patches import BlockId, Patched
+from .unit import RunContext
 
 
 class UNetBlock(OptimizedBlock):

@@ -12,8 +12,9 @@ import torch
 from comfy.ldm.modules.diffusionmodules import model as host
 from torch import nn
 
-from .block import OptimizedBlock, RunContext
+from .block import OptimizedBlock
 from .blocks import Layer, Step
+from .unit import RunContext
 
 _ATTENTIONS = (host.pytorch_attention, host.xformers_attention)
 """The host's attention functions that compute the same whatever else is going on. Its third asks

@@ -6,16 +6,14 @@ graph each of its calls brings a memset, after which the GPU stands still for mi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from .device import is_hopper
-from .launch import Traced
-from .short_attention import parts, readable, reference
+from .launch import Traced, registered
+from .short_attention import parts, places, readable, reference
 
 VERSION = 1
 """Counts changes of the kernel. Compiled graphs that are kept are of one version."""
@@ -63,19 +61,7 @@ def run(
         k,
         v,
         out,
-        FACTOR=scale * math.log2(math.e),
-        ROWS=rows,
-        KEYS=k.shape[2],
-        WIDTH=width,
-        Q_IMAGE=q.stride(0),
-        Q_HEAD=q.stride(1),
-        Q_ROW=q.stride(2),
-        K_IMAGE=k.stride(0),
-        K_HEAD=k.stride(1),
-        K_ROW=k.stride(2),
-        V_IMAGE=v.stride(0),
-        V_HEAD=v.stride(1),
-        V_ROW=v.stride(2),
+        **places(q, k, v, scale),
         BLOCK_R=_ROWS,
         BLOCK_K=_KEYS,
         WIDTH_1=width_1,
@@ -86,22 +72,13 @@ def run(
     return out.transpose(1, 2)
 
 
-@lru_cache
+def flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The kernel on CUDA, the twin elsewhere."""
+    return run(q, k, v, scale, Traced) if q.is_cuda else reference(q, k, v, scale)
+
+
 def operator() -> Any:
-    """`blade::flash_attention`, the kernel on CUDA and the twin elsewhere.
-
-    Inductor sees the kernel in it, so that it is launched and stored as its own are.
-    Registered where it is first needed, because torch looks for Triton then.
-    """
-    from torch.library import triton_op
-
-    # The version is part of the name: compilers know a graph that they keep by its operators.
-    name = f"flash_attention_{VERSION}"
-
-    @triton_op(f"blade::{name}", mutates_args=())
-    def flash_attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        return run(q, k, v, scale, Traced) if q.is_cuda else reference(q, k, v, scale)
-
-    return getattr(torch.ops.blade, name).default
+    """`flash_attention` as an operator of torch."""
+    return registered(flash_attention, VERSION)

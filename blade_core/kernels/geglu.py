@@ -8,14 +8,13 @@ CUDA graph stands still.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from .device import is_hopper
-from .launch import Traced
+from .launch import Traced, registered
 
 VERSION = 2
 """Counts changes of the kernel. Compiled graphs that are kept are of one version."""
@@ -90,20 +89,11 @@ def run(
     return out
 
 
-@lru_cache
+def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The kernel on CUDA, the twin elsewhere."""
+    return run(x, weight, bias, Traced) if x.is_cuda else reference(x, weight, bias)
+
+
 def operator() -> Any:
-    """`blade::geglu`, the kernel on CUDA and the twin elsewhere.
-
-    Inductor sees the kernel in it, so that it is launched and stored as its own are.
-    Registered where it is first needed, because torch looks for Triton then.
-    """
-    from torch.library import triton_op
-
-    # The version is part of the name: compilers know a graph that they keep by its operators.
-    name = f"geglu_{VERSION}"
-
-    @triton_op(f"blade::{name}", mutates_args=())
-    def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return run(x, weight, bias, Traced) if x.is_cuda else reference(x, weight, bias)
-
-    return getattr(torch.ops.blade, name).default
+    """`geglu` as an operator of torch."""
+    return registered(geglu, VERSION)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from .launch import Traced
+from .launch import Traced, registered
 
 VERSION = 3
 """Counts changes of the kernels. Compiled graphs that are kept are of one version."""
@@ -191,30 +190,21 @@ def run(
     return out
 
 
-@lru_cache
+def group_norm(
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    term: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> torch.Tensor:
+    """The kernels on CUDA, the twin elsewhere."""
+    arguments = (x, shift, term, weight, bias, groups, eps, silu)
+    return run(*arguments, Traced) if x.is_cuda else reference(*arguments)
+
+
 def operator() -> Any:
-    """`blade::group_norm`, the kernels on CUDA and the twin elsewhere, with their arguments.
-
-    Inductor sees the kernels in it, so that they are launched and stored as its own are.
-    Registered where it is first needed, because torch looks for Triton then.
-    """
-    from torch.library import triton_op
-
-    # The version is part of the name: compilers know a graph that they keep by its operators.
-    name = f"group_norm_{VERSION}"
-
-    @triton_op(f"blade::{name}", mutates_args=())
-    def group_norm(
-        x: torch.Tensor,
-        shift: torch.Tensor | None,
-        term: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        groups: int,
-        eps: float,
-        silu: bool,
-    ) -> torch.Tensor:
-        arguments = (x, shift, term, weight, bias, groups, eps, silu)
-        return run(*arguments, Traced) if x.is_cuda else reference(*arguments)
-
-    return getattr(torch.ops.blade, name).default
+    """`group_norm` as an operator of torch."""
+    return registered(group_norm, VERSION)

@@ -1,10 +1,28 @@
-"""Launching Triton kernels out of operators that compilers look into."""
+"""Operators that compilers look into, and launching Triton kernels out of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+
+import torch
+
+
+@cache
+def registered(function: Callable[..., Any], version: int) -> Any:
+    """`function`, which launches a kernel on CUDA and gives its eager twin's result elsewhere, as
+    an operator `blade::NAME_VERSION` of torch.
+
+    Inductor sees the kernel in it, so that it is launched and stored as its own are. The version
+    is part of the name: compilers know a graph that they keep by its operators. Call it where the
+    operator is first needed: torch looks for Triton then.
+    """
+    from torch.library import triton_op
+
+    name = f"{function.__name__}_{version}"
+    triton_op(f"blade::{name}", mutates_args=())(function)
+    return getattr(torch.ops.blade, name).default
 
 
 class Traced:

@@ -7,13 +7,12 @@ ones it is the bias that comes along which pays (see token_passes.pays_late).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from .launch import Traced
+from .launch import Traced, registered
 
 VERSION = 1
 """Counts changes of the kernel. Compiled graphs that are kept are of one version."""
@@ -99,36 +98,26 @@ def run(
     return total, out
 
 
-@lru_cache
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The norm alone, by the kernel on CUDA, the twin elsewhere."""
+    return add_layer_norm(x, None, None, weight, bias, eps)[1]
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    term: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum and its norm, by the kernel on CUDA, the twin elsewhere."""
+    arguments = (x, shift, term, weight, bias, eps)
+    return run(*arguments, Traced) if x.is_cuda else reference(*arguments)
+
+
 def operators() -> tuple[Any, Any]:
-    """`blade::layer_norm`, and `blade::add_layer_norm` that gives the sum, too; the kernel on
-    CUDA and the twin elsewhere.
-
-    Inductor sees the kernel in it, so that it is launched and stored as its own are.
-    Registered where it is first needed, because torch looks for Triton then.
-    """
-    from torch.library import triton_op
-
-    # The version is part of the name: compilers know a graph that they keep by its operators.
-    alone, summed = f"layer_norm_{VERSION}", f"add_layer_norm_{VERSION}"
-
-    @triton_op(f"blade::{alone}", mutates_args=())
-    def layer_norm(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        arguments = (x, None, None, weight, bias, eps)
-        return (run(*arguments, Traced) if x.is_cuda else reference(*arguments))[1]
-
-    @triton_op(f"blade::{summed}", mutates_args=())
-    def add_layer_norm(
-        x: torch.Tensor,
-        shift: torch.Tensor | None,
-        term: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        arguments = (x, shift, term, weight, bias, eps)
-        return run(*arguments, Traced) if x.is_cuda else reference(*arguments)
-
-    return getattr(torch.ops.blade, alone).default, getattr(torch.ops.blade, summed).default
+    """`layer_norm` and `add_layer_norm` as operators of torch."""
+    return registered(layer_norm, VERSION), registered(add_layer_norm, VERSION)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from .launch import Traced
+from .launch import Traced, registered
 
 VERSION = 2
 """Counts changes of the kernel. Compiled graphs that are kept are of one version."""
@@ -58,6 +57,15 @@ def readable(x: torch.Tensor) -> bool:
     apart = (*x.stride()[:3], x.storage_offset(), x.shape[3])
     span = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return x.stride(3) == 1 and all(n % 8 == 0 for n in apart) and 0 <= span < 2**31
+
+
+def places(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> dict[str, Any]:
+    """Sizes and strides as an attention kernel's constants."""
+    sizes = {"ROWS": q.shape[2], "KEYS": k.shape[2], "WIDTH": q.shape[3]}
+    for name, tensor in (("Q", q), ("K", k), ("V", v)):
+        for axis, of in enumerate(("IMAGE", "HEAD", "ROW")):
+            sizes[f"{name}_{of}"] = tensor.stride(axis)
+    return {"FACTOR": scale * math.log2(math.e), **sizes}
 
 
 def parts(number: int) -> tuple[int, int]:
@@ -109,19 +117,7 @@ def run(
         k,
         v,
         out,
-        FACTOR=scale * math.log2(math.e),
-        ROWS=rows,
-        KEYS=keys,
-        WIDTH=width,
-        Q_IMAGE=q.stride(0),
-        Q_HEAD=q.stride(1),
-        Q_ROW=q.stride(2),
-        K_IMAGE=k.stride(0),
-        K_HEAD=k.stride(1),
-        K_ROW=k.stride(2),
-        V_IMAGE=v.stride(0),
-        V_HEAD=v.stride(1),
-        V_ROW=v.stride(2),
+        **places(q, k, v, scale),
         BLOCK_R=block,
         KEYS_1=keys_1,
         KEYS_2=keys_2,
@@ -132,22 +128,13 @@ def run(
     return out.transpose(1, 2)
 
 
-@lru_cache
+def short_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The kernel on CUDA, the twin elsewhere."""
+    return run(q, k, v, scale, Traced) if q.is_cuda else reference(q, k, v, scale)
+
+
 def operator() -> Any:
-    """`blade::short_attention`, the kernel on CUDA and the twin elsewhere.
-
-    Inductor sees the kernel in it, so that it is launched and stored as its own are.
-    Registered where it is first needed, because torch looks for Triton then.
-    """
-    from torch.library import triton_op
-
-    # The version is part of the name: compilers know a graph that they keep by its operators.
-    name = f"short_attention_{VERSION}"
-
-    @triton_op(f"blade::{name}", mutates_args=())
-    def short_attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        return run(q, k, v, scale, Traced) if q.is_cuda else reference(q, k, v, scale)
-
-    return getattr(torch.ops.blade, name).default
+    """`short_attention` as an operator of torch."""
+    return registered(short_attention, VERSION)

@@ -215,7 +215,7 @@ def test_out_of_memory_while_running_is_the_hosts(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("blade.blade_core.host.block.in_format", no_memory)
+        patch.setattr("blade.blade_core.host.unit.in_format", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             sample(optimized)
     assert torch.equal(sample(optimized), expected)

@@ -35,7 +35,7 @@ from blade.blade_core import engine
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.errors import BackendUnavailable, CompileFailed
 from blade.blade_core.graph import GraphRequest
-from blade.blade_core.host import block
+from blade.blade_core.host import unit
 from blade.blade_core.host.model import Session
 
 pytestmark = pytest.mark.parametrize("session", ["captured"], indirect=True)
@@ -293,14 +293,14 @@ def test_out_of_memory_is_the_hosts(
     """Its own way out is to decode in tiles, and these run through Blade, too."""
     ours = optimized(vae)
     tiles = used(vae, lambda vae: vae.decode_tiled(latent(size=(136, 8))))
-    own = block.in_format
+    own = unit.in_format
 
     def in_format(tensor: torch.Tensor, memory_format: Any) -> torch.Tensor:
         if tensor.ndim == 4 and tensor.shape[1] == 64 and tensor.shape[2:] == (136, 8):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return own(tensor, memory_format)
 
-    monkeypatch.setattr(block, "in_format", in_format)
+    monkeypatch.setattr(unit, "in_format", in_format)
     with caplog.at_level(logging.WARNING):
         actual = used(ours, lambda vae: vae.decode(latent(size=(136, 8))))
     assert "retrying with tiled VAE decoding" in caplog.text
