@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +46,9 @@ _VARIABLES = {
 _MOST, _WORTH = 12, 6
 """How many processes there are at most, and from how many on they are faster than this one alone
 where somebody waits for them."""
-_VRAM_BYTES = 3 * 2**30
-"""Free memory of a GPU for each process that compiles for it: it takes a quarter of that."""
+_VRAM_BYTES, _MEMORY_BYTES = 3 * 2**30, 2**30
+"""Free memory of a GPU and of the machine for each process that compiles: it takes a quarter of the
+first and half of the second."""
 
 
 class Result(NamedTuple):
@@ -81,9 +83,10 @@ class Jobs:
 
     def pays(self, device: torch.device) -> bool:
         """Whether they are faster than this one where somebody waits for them: if the user says
-        so, or if there are enough cores and enough of a GPU."""
+        so, or if there are cores and memory enough. (Where none can fork, each would import a
+        compiler of its own.)"""
         asked = compile_workers() is not None
-        return self.usable(device) if asked else self._pool(device).count >= _WORTH
+        return self.usable(device) if asked else FORKS and self._pool(device).count >= _WORTH
 
     def start(self, device: torch.device) -> None:
         """Let them get ready for work that is going to come."""
@@ -279,4 +282,14 @@ def worker_count(device: torch.device) -> int:
     if device.type != "cuda":
         return 1  # more would take the cores from sampling
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(_MOST, (os.cpu_count() or 1) - 2, free // _VRAM_BYTES))
+    room = min(free // _VRAM_BYTES, _free_memory() // _MEMORY_BYTES)
+    return max(1, min(_MOST, (os.cpu_count() or 1) - 2, room))
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that can be had, or very many where the system does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 2**10
+    return 2**60

@@ -13,7 +13,7 @@ class BladeWarmUp:
     TITLE = "Blade Warm Up"
     CATEGORY = "Blade"
     DESCRIPTION = (
-        "Gets the model ready for sizes and batch sizes before you need them, by two steps of "
+        "Gets the model ready for sizes and batch sizes before you need them, by a few steps of "
         "each. Runs again only if something that is wired to it changes."
     )
     RETURN_TYPES = ("MODEL", "STRING")

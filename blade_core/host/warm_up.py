@@ -17,8 +17,9 @@ from ..errors import InvalidChoice
 from ..log import logger
 from . import model as host
 
-_STEPS = 2
-"""The first compiles, the second is recorded as a CUDA graph."""
+_STEPS = 4
+"""One as stock where other processes compile, one whose graphs are checked, one that shows what can
+be recorded, and one that is."""
 
 _CELL = 8
 """Pixels of an image for one of its latent, in each direction."""
@@ -75,7 +76,7 @@ def warm_up(
     batches: Sequence[int],
     cfg: float,
 ) -> list[str]:
-    """Sample two steps of each size and batch size; return a line on each.
+    """Sample a few steps of each size and batch size; return a line on each.
 
     The images are thrown away; neither the model nor any random number generator is changed.
     """

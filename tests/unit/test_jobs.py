@@ -15,6 +15,7 @@ import pytest
 import torch
 from blade_tests.unit.samples import CPU, Unit, inputs_of, request_of
 
+from blade.blade_core import jobs
 from blade.blade_core.backends import BACKENDS, Backend
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
@@ -223,8 +224,8 @@ def test_one_process_has_children_that_work_at_once() -> None:
     try:
         workers.submit("eager", b"it has started").result(PATIENCE)
         start = time.monotonic()
-        jobs = [workers.submit("inductor", pickle.dumps(Slow(n))) for n in range(5)]
-        told = [str(job.exception(PATIENCE)) for job in jobs]
+        slow = [workers.submit("inductor", pickle.dumps(Slow(n))) for n in range(5)]
+        told = [str(job.exception(PATIENCE)) for job in slow]
         took = time.monotonic() - start
         assert told == [f"ValueError: {n}" for n in range(5)]
         assert 4 <= took < 8  # four at once, then the fifth; one by one they would take ten
@@ -363,6 +364,26 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLADE_COMPILE_WORKERS", "many")
     with pytest.raises(InvalidChoice, match="BLADE_COMPILE_WORKERS is 'many'"):
         worker_count(CPU)
+
+
+@pytest.mark.parametrize(
+    ("cores", "vram", "memory", "count"),
+    [(16, 80, 100, 12), (8, 80, 100, 6), (32, 24, 100, 8), (32, 80, 5, 5), (2, 2, 1, 1)],
+)
+def test_how_many_processes_for_a_gpu(
+    cores: int, vram: int, memory: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BLADE_COMPILE_WORKERS")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (vram * 2**30, 80 * 2**30))
+    monkeypatch.setattr(jobs, "_free_memory", lambda: memory * 2**30)
+    assert worker_count(torch.device("cuda")) == count
+    # Where somebody waits, few do not make up for their start.
+    assert Engine().jobs.pays(torch.device("cuda")) == (FORKS and count >= 6)
+
+
+def test_free_memory_is_what_the_machine_has() -> None:
+    assert 2**28 < jobs._free_memory() <= 2**60
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM is another thing there")
