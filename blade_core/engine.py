@@ -152,7 +152,7 @@ class Engine:
             new = key not in self.cache and key not in self.jobs
             if new and (self.store is None or key not in self.store):
                 wanted = request()
-                job = backend.job(wanted)
+                job = _job(backend, wanted)
                 if job is not None:
                     beside()
                     self.jobs.add(key, backend.name, job, wanted.device, least=least)
@@ -246,6 +246,18 @@ class Engine:
         if self.store is not None and compiled.artifact is not None and not request.frozen:
             self.store.write(request.key, compiled.artifact)
         return Graph(request.key, compiled.call, compiled.nbytes, seconds, backend.capturable)
+
+
+def _job(backend: Backend, request: GraphRequest) -> bytes | None:
+    """The request for another process; None where it cannot travel, so that this one compiles it,
+    and says what is wrong if that is no better."""
+    try:
+        return backend.job(request)
+    except Exception as error:  # whatever tracing and pickling raise
+        if is_cancel(error) or is_out_of_memory(error):
+            raise
+        logger.debug("%s cannot travel", request.key, exc_info=True)
+        return None
 
 
 def _nothing(_: GraphKey) -> None:

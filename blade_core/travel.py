@@ -13,11 +13,16 @@ import torch
 
 
 def pack(module: torch.fx.GraphModule) -> bytes:
-    """A graph as bytes for `unpack`, in this process or another of the same torch."""
+    """A graph as bytes for `unpack`, in this process or another of the same torch.
+
+    All that its nodes note besides their values' forms is taken off them: stacks and the like do
+    not travel.
+    """
     from torch.fx._graph_pickler import Options
 
-    options = Options(ops_filter=None, node_metadata_key_filter=lambda key: key == "val")
-    packed: bytes = _pickler().dumps(module, options)
+    for node in module.graph.nodes:
+        node.meta = {key: noted for key, noted in node.meta.items() if key == "val"}
+    packed: bytes = _pickler().dumps(module, Options(ops_filter=None))
     return packed
 
 

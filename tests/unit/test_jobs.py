@@ -181,6 +181,21 @@ def test_what_a_process_cannot_compile_is_compiled_here(
     assert any("UnpicklingError" in message for message in caplog.messages)
 
 
+class Untraceable(type(EAGER)):  # type: ignore[misc]
+    """Can say what it compiles, but not to another process."""
+
+    def job(self, request: GraphRequest) -> bytes:
+        raise TypeError("no other process has this")
+
+
+def test_what_cannot_travel_is_compiled_here(engine: Engine) -> None:
+    (request,) = requests(1)
+    with engine.counters.expect(graphs_compiled=1, compile_failures=0):
+        graph = soon(engine, request, Untraceable())
+    assert graph is not None and same(graph, request)
+    assert engine.jobs.finished == 0
+
+
 class Deadly(type(EAGER)):  # type: ignore[misc]
     """Leaves work to other processes that they do not survive."""
 

@@ -41,14 +41,14 @@ def traced() -> Any:
 
 def test_a_graph_comes_back_as_it_was() -> None:
     request, module = traced()
+    code, before = module.code, [node.meta.get("val") for node in module.graph.nodes]
     back = unpack(pack(module))
-    assert back.code == module.code
-    for old, new in zip(module.graph.nodes, back.graph.nodes, strict=True):
-        assert set(new.meta) <= {"val"}
-        if "val" in old.meta and old.meta["val"] is not None:
-            assert new.meta["val"].shape == old.meta["val"].shape
-            assert new.meta["val"].stride() == old.meta["val"].stride()
-            assert new.meta["val"].dtype == old.meta["val"].dtype
+    assert back.code == code
+    for old, node in zip(before, back.graph.nodes, strict=True):
+        assert set(node.meta) <= {"val"}
+        if old is not None:
+            new = node.meta["val"]
+            assert (new.shape, new.stride()) == (old.shape, old.stride()) and new.dtype == old.dtype
     back.recompile()
     torch.testing.assert_close(
         back(*request.weights, *request.inputs), request.eager(request.weights, request.inputs)
