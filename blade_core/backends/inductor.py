@@ -220,6 +220,9 @@ def _build_alone(module: torch.fx.GraphModule) -> bytes:
         if "val" in node.meta:
             node.meta["example_value"] = node.meta["val"]  # by its name in standalone_compile
     fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    output = next(iter(reversed(module.graph.nodes)))
+    output.args = ((output.args[0],),)  # torch before 2.11 looks for several
+    module.recompile()
     with torch.no_grad():
         compiled = torch._inductor.standalone_compile(
             module, fake, dynamic_shapes="from_graph", options={"config_patches": _patches(fake)}
