@@ -199,6 +199,24 @@ def test_image_of_four_channels_is_named(runner: Runner) -> None:
     good_one_works(runner)
 
 
+def test_image_with_nan_is_named(runner: Runner, base_directory: Path, host_path: Path) -> None:
+    """By stock's nodes: a latent that was multiplied beyond what a float holds, decoded by a VAE
+    that does not bound its values."""
+    file = make_fixtures(base_directory, ["vae"], host=host_path)["vae"].name
+    nodes = example(runner, ONE, next(OTHER_SEEDS))
+    nodes["99"] = {"class_type": "VAELoader", "inputs": {"vae_name": file}}
+    image = [node_id(nodes, "LoadImage"), 0]
+    nodes["100"] = {"class_type": "VAEEncode", "inputs": {"pixels": image, "vae": ["99", 0]}}
+    for id in range(101, 145):
+        multiplied = {"samples": [str(id - 1), 0], "multiplier": 10.0}
+        nodes[str(id)] = {"class_type": "LatentMultiply", "inputs": multiplied}
+    nodes["145"] = {"class_type": "VAEDecode", "inputs": {"samples": ["144", 0], "vae": ["99", 0]}}
+    inputs(nodes, NODE)["image"] = ["145", 0]
+    message = failed(runner, nodes, NODE)
+    assert message.startswith("The control image holds NaN or infinite values")
+    good_one_works(runner)
+
+
 def test_controlnet_of_another_architecture_is_named(
     runner: Runner, base_directory: Path, host_path: Path
 ) -> None:
