@@ -14,6 +14,7 @@ ON_FAILURE = ("fallback", "error")
 FROZEN_CHANGE = ("rebuild", "refuse")
 COMPILE = ("first", "background")
 KERNELS = (
+    "joint_linear",
     "group_norm",
     "short_attention",
     "flash_attention",

@@ -283,7 +283,14 @@ def worker_count(device: torch.device) -> int:
         return 1  # more would take the cores from sampling
     free, _ = torch.cuda.mem_get_info(device)
     room = min(free // _VRAM_BYTES, _free_memory() // _MEMORY_BYTES)
-    return max(1, min(_MOST, (os.cpu_count() or 1) - 2, room))
+    return max(1, min(_MOST, _cores() - 2, room))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _free_memory() -> int:

@@ -26,6 +26,11 @@ class Backend(Protocol):
         """Import what compiling and loading need, as far as that touches no GPU."""
         ...
 
+    def joins(self, device: torch.device) -> bool:
+        """Whether its graphs compute linear layers over the same tokens as one product where
+        their weights lie one behind the other."""
+        ...
+
     def fingerprint(self) -> str:
         """Name, version and options: everything of the compiler that a key must count."""
         ...

@@ -24,6 +24,9 @@ class EagerBackend:
     def preload(self) -> None:
         """There is nothing to compile with."""
 
+    def joins(self, device: torch.device) -> bool:
+        return False
+
     def fingerprint(self) -> str:
         return "eager"
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import NotPrivate, first_line, is_cancel, is_out_of_memory
 from ..graph import Compiled, GraphFunction, GraphRequest, trace
-from ..kernels.passes import KERNELS, OPERATORS, use_kernels
+from ..kernels.passes import KERNELS, OPAQUE, OPERATORS, use_kernels
 from ..key import set_switches, switches
 from ..log import warn_once
 from ..private import why_not_private
@@ -88,6 +88,9 @@ class InductorBackend:
             for operator in OPERATORS:
                 operator()
 
+    def joins(self, device: torch.device) -> bool:
+        return "joint_linear" in self.kernels and _runs_kernels(device)
+
     def fingerprint(self) -> str:
         options = " ".join(f"{key}={value}" for key, value in sorted(_options().items()))
         kernels = " ".join(f"{name}={KERNELS[name]}" for name in sorted(self.kernels))
@@ -132,6 +135,8 @@ class InductorBackend:
         from torch._inductor import CompiledArtifact
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+        for operator in OPAQUE:
+            operator()
         _check_private(Path(cache_dir()))
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "graph")

@@ -63,6 +63,9 @@ class TorchBladeBackend:
     def preload(self) -> None:
         """It looks for a GPU while it is imported."""
 
+    def joins(self, device: torch.device) -> bool:
+        return False
+
     def fingerprint(self) -> str:
         package = _probe()
         if isinstance(package, str):

@@ -27,6 +27,7 @@ from ..log import logger, warn_once
 from ..structure import describe_classes
 from .attention import attention_names
 from .block import OptimizedBlock
+from .joined import join_weights
 from .progress import CompileProgress
 from .projections import Projections
 from .step import describe_outer, not_capturable, outer_modules, replaced_by_others
@@ -214,6 +215,8 @@ class OptimizedModel:
                 block.forget()
             block.read()
         self._classes = classes
+        if backends[0].joins(x.device):
+            join_weights([block.block for block in self.blocks], x.device)
         slots = [slot for block in self.blocks for slot in block.slots()]
         if run.weight_format == torch.channels_last:  # the GPU works on it while Python goes on
             self._layout.apply((tensors[key] for tensors, key in slots), x.device)

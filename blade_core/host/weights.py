@@ -143,7 +143,7 @@ class ChannelsLast:
                 and weight.device == device
                 and weight.is_contiguous()
                 and not weight.is_contiguous(memory_format=torch.channels_last)
-                and _holders(weight) <= own[weight.data_ptr()]
+                and holders(weight) <= own[weight.data_ptr()]
             ):
                 change = _Change(weight, weight.stride(), weight.data_ptr())
                 values = weight.to(memory_format=torch.channels_last)
@@ -182,7 +182,7 @@ class _Change:
     owns_memory: bool = False
 
 
-def _holders(weight: torch.Tensor) -> int:
+def holders(weight: torch.Tensor) -> int:
     """How many tensors hold the memory of `weight`; 0 where that cannot be told, which is if it
     is a part of a larger memory."""
     storage = weight.untyped_storage()

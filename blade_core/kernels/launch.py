@@ -25,6 +25,21 @@ def registered(function: Callable[..., Any], version: int) -> Any:
     return getattr(torch.ops.blade, name).default
 
 
+@cache
+def opaque(
+    function: Callable[..., Any], form: Callable[..., Any], schema: str, version: int
+) -> Any:
+    """`function` as an operator `blade::NAME_VERSION` of torch that compilers call as it is.
+
+    form: gives a tensor like the result, from arguments without data.
+    """
+    name = f"{function.__name__}_{version}"
+    torch.library.define(f"blade::{name}", schema)
+    torch.library.impl(f"blade::{name}", "default", function)
+    torch.library.register_fake(f"blade::{name}", form)
+    return getattr(torch.ops.blade, name).default
+
+
 class Traced:
     """`kernel` as tracing wants it, `traced[grid](...)`, for `run(..., wrap=Traced)`.
 

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 from torch.fx.operator_schemas import normalize_function
 
-from . import flash_attention, geglu, group_norm, layer_norm, short_attention
+from . import flash_attention, geglu, group_norm, joint_linear, layer_norm, short_attention
+from .joint_pass import join_linears
 from .nodes import aten, calls, erase, only_result, only_user, value
 from .token_passes import LATE_BIAS_VERSION, fuse_geglu, fuse_layer_norms, late_biases, pays_late
 
@@ -26,6 +27,7 @@ ATTENTIONS = (
 """What torch makes of scaled_dot_product_attention, one or the other."""
 
 KERNELS = {
+    "joint_linear": joint_linear.VERSION,
     "group_norm": group_norm.VERSION,
     "short_attention": short_attention.VERSION,
     "flash_attention": flash_attention.VERSION,
@@ -35,19 +37,25 @@ KERNELS = {
 }
 """Name and version of each kernel that can be asked for, and of what goes without one."""
 
+OPAQUE = (joint_linear.operator,)
+"""What registers those with torch that compiled graphs call by name."""
+
 OPERATORS = (
+    *OPAQUE,
     group_norm.operator,
     short_attention.operator,
     flash_attention.operator,
     geglu.operator,
     layer_norm.operators,
 )
-"""What registers them with torch."""
+"""What registers all of them."""
 
 
 def use_kernels(module: fx.GraphModule, kernels: Collection[str]) -> int:
     """Change `module` in place; return how many of its nodes are Blade's kernels now."""
     count = 0
+    if "joint_linear" in kernels:
+        count += join_linears(module.graph, joint_linear.usable)
     if "group_norm" in kernels:
         count += fuse_group_norms(module.graph, group_norm.usable)
     if "short_attention" in kernels:

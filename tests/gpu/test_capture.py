@@ -47,6 +47,11 @@ def with_lora(model: Any, strength: float) -> Any:
     return clone
 
 
+def blocks(session: Session) -> int:
+    """How many blocks the model has that was sampled with."""
+    return len(session.stats()["models"][0]["blocks"])
+
+
 def used() -> int:
     """Device memory in use once all models are unloaded."""
     comfy.model_management.unload_all_models()
@@ -102,7 +107,7 @@ def test_forty_prompts_in_one_life(session: Session) -> None:
     choose = random.Random(0)
     models = [make_model(WIDE, seed=seed, dtype=torch.float16) for seed in (0, 1)]
     counters = session.engine.counters
-    memory = []
+    memory, eager = [], []
     for number in range(40):
         model = choose.choice(models)
         if choose.random() < 0.4:
@@ -114,7 +119,9 @@ def test_forty_prompts_in_one_life(session: Session) -> None:
         assert relative_rms(actual, expected) <= BOUND, (number, form)
         if number % 10 == 9:
             memory.append(used())
-    assert counters["blocks_eager"] == 0
+            eager.append(counters["blocks_eager"])
+    # While other processes compile, the first step of a new form runs as stock; no other does.
+    assert eager[3] == eager[0] <= len(FORMS) * blocks(session)
     assert counters["replays"] >= 40 * 16
     assert len(session.engine.cache) == counters["graphs_compiled"]  # nothing compiled twice
     assert session.captures.used() == 0  # all models are unloaded
@@ -161,10 +168,10 @@ class Waiting(torch.nn.SiLU):
 
 def test_work_that_waits_is_found_before_it_is_recorded(session: Session) -> None:
     model = make_model(WIDE, dtype=torch.float16)
-    model.model.diffusion_model.out[1].__class__ = Waiting
+    model.model.diffusion_model.time_embed[1].__class__ = Waiting
     expected = run(model, size=(32, 32))
-    with session.engine.counters.expect(captures=9):  # the blocks, one by one
-        assert relative_rms(run(optimize_model(model, STRICT), size=(32, 32)), expected) <= BOUND
+    assert relative_rms(run(optimize_model(model, STRICT), size=(32, 32)), expected) <= BOUND
+    assert session.engine.counters["captures"] == blocks(session)  # one by one
     assert "waits for the GPU" in str(session.stats()["models"])
 
 
@@ -185,4 +192,4 @@ def test_a_patch_between_the_blocks(session: Session) -> None:
     patched.set_model_output_block_patch(lambda h, skip, _: (h * 1.1, skip))
     expected = run(patched, size=(32, 32))
     assert relative_rms(run(optimize_model(patched, STRICT), size=(32, 32)), expected) <= BOUND
-    assert session.engine.counters["captures"] == 9
+    assert session.engine.counters["captures"] == blocks(session)

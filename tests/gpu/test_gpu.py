@@ -10,6 +10,7 @@ from blade_tests.host.tiny import SD15, conditioning, make_model, relative_rms, 
 
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.host.model import Session, optimize_model
+from blade.blade_core.kernels.joint_linear import as_one
 
 BOUND = 3e-3
 STRICT = OptimizeConfig(on_failure="error")
@@ -29,8 +30,15 @@ def test_a_life_on_the_gpu(session: Session, model: Any) -> None:
     stock = _run(model)
     optimized = optimize_model(model, STRICT)
     assert relative_rms(_run(optimized), stock) <= BOUND
-    assert session.engine.counters["blocks_eager"] == 0
     graphs = session.engine.counters["graphs_compiled"]
+    attentions = [
+        [getattr(module, f"to_{part}").weight for part in "qkv"]
+        for name, module in model.model.diffusion_model.named_modules()
+        if name.endswith("attn1")
+    ]
+    assert attentions and all(as_one(weights) is not None for weights in attentions)
+    with session.engine.counters.expect(graphs_compiled=0, blocks_eager=0):
+        assert relative_rms(_run(optimized), stock) <= BOUND
 
     lora = model.clone()
     lora.add_patches(

@@ -15,6 +15,7 @@ from blade.blade_core.kernels import (
     flash_attention,
     geglu,
     group_norm,
+    joint_linear,
     layer_norm,
     short_attention,
 )
@@ -180,6 +181,19 @@ def test_geglu(rows: int, depth: int, width: int) -> None:
         for _ in range(2):
             expected = geglu.reference(*(t.double() for t in given))
             assert relative_rms(geglu.operator()(*given), expected) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("shape", [(8192, 320), (512, 1280), (120, 640)])
+def test_joint_linear(shape: tuple[int, int], joined: bool) -> None:
+    rows, width = shape
+    x, weights = noise(rows, width), [noise(width, width) * width**-0.5 for _ in range(3)]
+    if joined:
+        weights = list(torch.cat(weights).split(width))
+    assert (joint_linear.as_one(weights) is not None) == joined
+    expected = joint_linear.reference(x.double(), [weight.double() for weight in weights])
+    actual = joint_linear.operator()(x, weights)
+    assert relative_rms(actual, expected) <= BOUND[torch.float16]
 
 
 @pytest.mark.parametrize("shape", [(2, 1024, 1280), (1, 77, 2560), (2, 4096, 320), (3, 5, 4096)])

@@ -27,6 +27,12 @@ LAYERS = 2 + 3 + 3 * 4 + 3 + 1
 """That the host's Decoder of FULL calls."""
 
 
+@pytest.fixture(autouse=True)
+def compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While other processes compile, a first image would be decoded as stock does it."""
+    monkeypatch.setenv("BLADE_COMPILE_WORKERS", "0")
+
+
 def as_stock(vae: Any, ours: Any, *uses: Use) -> list[torch.Tensor]:
     """Images by values only: kernels of a GPU differ in the last bits from call to call."""
     results = []

@@ -39,6 +39,9 @@ class Faulty:
     def available(self, device: torch.device) -> str | None:
         return self.reason
 
+    def joins(self, device: torch.device) -> bool:
+        return False
+
     def fingerprint(self) -> str:
         return "faulty"
 

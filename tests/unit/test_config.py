@@ -11,6 +11,7 @@ from blade.blade_core.backends import BACKENDS as IMPLEMENTED
 from blade.blade_core.config import (
     BACKENDS,
     FROZEN_CHANGE,
+    KERNELS,
     ON_FAILURE,
     OptimizeConfig,
     capture_bytes,
@@ -28,7 +29,7 @@ def test_defaults() -> None:
         "fallback",
         "rebuild",
         True,
-        ("group_norm", "short_attention", "flash_attention", "geglu", "layer_norm", "late_bias"),
+        KERNELS,
         "first",
     )
     assert not config.strict

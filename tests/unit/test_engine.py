@@ -49,6 +49,9 @@ class Fake:
     def preload(self) -> None:
         pass
 
+    def joins(self, device: torch.device) -> bool:
+        return False
+
     def fingerprint(self) -> str:
         return self.name
 

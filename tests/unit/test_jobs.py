@@ -389,7 +389,7 @@ def test_how_many_processes_for_a_gpu(
     cores: int, vram: int, memory: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("BLADE_COMPILE_WORKERS")
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (vram * 2**30, 80 * 2**30))
     monkeypatch.setattr(jobs, "_free_memory", lambda: memory * 2**30)
     assert worker_count(torch.device("cuda")) == count
