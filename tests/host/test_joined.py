@@ -41,11 +41,16 @@ def selfs(model: Any) -> list[list[torch.Tensor]]:
 
 @pytest.fixture(params=[SD15, SDXL], ids=["sd15", "sdxl"])
 def model(request: pytest.FixtureRequest) -> Any:
-    return make_model(request.param)
+    with torch.inference_mode():  # as the host's worker loads it
+        return make_model(request.param)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("inference", [False, True])
-def test_each_weight_is_what_it_was(model: Any, inference: bool) -> None:
+def test_each_weight_is_what_it_was(loaded: bool, inference: bool) -> None:
+    """In inference mode or not, when the model is loaded and when it runs."""
+    with torch.inference_mode(loaded):
+        model = make_model(SDXL)
     unet = model.model.diffusion_model
     before = {name: weight.clone() for name, weight in unet.state_dict().items()}
     parameters = dict(unet.named_parameters())
