@@ -9,6 +9,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.kinds import KINDS, kind_of
+
 _CALLS = ("Launch", "Memcpy", "Memset")
 """In the names of the CUDA API's calls that start work on the GPU."""
 
@@ -101,12 +103,16 @@ class Trace(AbstractContextManager["Trace"]):
         events = self._profile.profiler.kineto_results.events()
         device = [event for event in events if event.device_type() == self._kind]
         spans = ((event.start_ns(), event.start_ns() + event.duration_ns()) for event in device)
+        by_kind = dict.fromkeys(KINDS, 0)
+        for event in device:
+            by_kind[kind_of(event.name())] += event.duration_ns()
         calls = [e for e in events if any(part in e.name() for part in _CALLS)]
         launches = sum(event.device_type() == DeviceType.CPU for event in calls)
         return {
             "step_kernel_ms": round(_covered(spans) / 1e6 / steps, 3),
             "kernels_per_step": round(len(device) / steps, 1),
             "launches_per_step": round(launches / steps, 1),
+            "kinds_ms": {kind: round(ns / 1e6 / steps, 3) for kind, ns in by_kind.items()},
         }
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from benchmarks.rows import Row
 from benchmarks.scenarios import Scenario
-from benchmarks.systems import find_system
+from benchmarks.systems import REFERENCE, find_system
 
 SHARE = ("none", "shape", "model")
 _MARK = "ROW "  # of worker.py, which is no module to import
@@ -39,7 +39,9 @@ class Job:
 
 
 def plan(scenarios: Sequence[Scenario], systems: Sequence[str], share: str) -> list[Job]:
-    """The jobs in the order to run them: all systems of a group of scenarios beside each other."""
+    """The jobs in the order to run them: all systems of a group of scenarios beside each other,
+    the one first that the others' results are compared with."""
+    systems = sorted(systems, key=lambda name: name != REFERENCE)
     groups: dict[Any, list[Scenario]] = {}
     for scenario in scenarios:
         keys = {"none": scenario.name, "shape": scenario.shape, "model": scenario.model}

@@ -94,6 +94,7 @@ def _main(rows: Sequence[Row], scenario: str) -> list[str]:
         "Where the time goes:",
         "",
         *tables.time_split(chosen, scenario),
+        *tables.kinds(chosen, scenario),
         "",
         "Start-up and memory:",
         "",

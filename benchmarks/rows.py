@@ -17,6 +17,7 @@ MEASURED: dict[str, str] = {
     "host_ms": "CPU ms from entering a step's model calls to leaving them, the GPU idle before",
     "kernels_per_step": "kernels, copies and memsets on the GPU",
     "launches_per_step": "calls of the CUDA API that start them",
+    "kinds_ms": "ms of a step that they took, by what they do (kinds.py); overlaps count twice",
     "first_image_s": "seconds of the process's first sampling run of this scenario",
     "ready_s": "seconds from its start until all graphs were there, where sampling did not wait",
     "cold": "whether nothing was compiled before that run, in memory or on disk",

@@ -9,6 +9,9 @@ from benchmarks.loaders import FusedLoras, LoraLoaders
 
 Apply = Callable[[Any], Any]
 
+REFERENCE = "eager"
+"""The system that the results of all others are compared with."""
+
 
 def _as_it_is(given: Any) -> Any:
     return given
@@ -105,7 +108,7 @@ def _blade(loras: Any = FusedLoras, **options: Any) -> System:
 
 
 SYSTEMS: dict[str, System] = {
-    "eager": System(eager, vae=_as_it_is),
+    REFERENCE: System(eager, vae=_as_it_is),
     "torch-compile": System(torch_compile, vae=torch_compile_vae, dynamo=True),
     "torch-compile-max": System(torch_compile_max, dynamo=True),
     # CUDA graph trees know no checkpoints of cudaMallocAsync, the host's choice on most GPUs.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from benchmarks.kinds import KINDS
 from benchmarks.scenarios import TABLE_COLUMNS, TABLE_STEPS, Scenario, parse
 from benchmarks.selection import Selection
 
@@ -87,6 +88,23 @@ def time_split(rows: Selection, scenario: str) -> list[str]:
         ("TFLOP", _cell(rows, scenario, "tflop_per_step")),
         ("of the matrix rate", share),
     )
+
+
+def kinds(rows: Selection, scenario: str) -> list[str]:
+    """What the GPU's time goes to; nothing for rows of a time when that was not noted."""
+
+    def column(kind: str) -> Column:
+        def cell(system: str) -> str:
+            found = rows.row(scenario, system) or {}
+            return number((found.get("kinds_ms") or {}).get(kind), " ms")
+
+        return kind, cell
+
+    noted = [(rows.row(scenario, system) or {}).get("kinds_ms") for system in rows.systems()]
+    if not any(noted):
+        return []
+    intro = "What its kernels do there, each kind's time by itself:"
+    return ["", intro, "", *_by_system(rows, scenario, *map(column, KINDS))]
 
 
 def costs(rows: Selection, scenario: str) -> list[str]:

@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     _register_packages()
     from benchmarks.scenarios import parse
-    from benchmarks.systems import find_system
+    from benchmarks.systems import REFERENCE, find_system
 
     system = find_system(options.system)
     os.environ["BLADE_CACHE_DIR"] = str(_disk(options))
@@ -43,7 +43,7 @@ def main() -> None:
     if options.dry_run:
         torch.set_num_threads(1)  # tiny models: threads would mostly wait for each other
     with torch.inference_mode():
-        bench = Bench(system, device, options.shared, is_reference=options.system == "eager")
+        bench = Bench(system, device, options.shared, is_reference=options.system == REFERENCE)
         for name in options.scenarios.split(","):
             scenario = parse(name)
             if options.dry_run:

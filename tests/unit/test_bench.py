@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import plots, report, rows, run, tables
 from benchmarks.jobs import Job, OutOfBudget, plan, rows_of
+from benchmarks.kinds import KINDS, kind_of
 from benchmarks.loaders import FusedLoras, LoraLoaders
 from benchmarks.scenarios import Scenario, expand, parse
 from benchmarks.selection import select
@@ -73,7 +74,7 @@ def test_systems_are_found_by_name() -> None:
 
 def test_scenarios_share_a_process_as_asked() -> None:
     scenarios = expand("sd15-512-b1,sd15-512-b1-cn1,sd15-768-b1,vae-512-b1")
-    systems = ["eager", "reduce-overhead"]
+    systems = ["reduce-overhead", "eager"]
     # Of these one decodes as the other does, so its process of the VAE is left out.
     assert [len(plan(scenarios, systems, share)) for share in ("none", "shape", "model")] == [
         7,
@@ -186,6 +187,37 @@ def test_the_report_says_what_failed_and_what_is_missing() -> None:
     assert "| torch-compile | failed |" in text
     assert "- sd15-512-b1, torch-compile: `RuntimeError: no compiler`" in text
     assert "| reduce-overhead | not measured |" in text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_f16_s16816gemm_relu_f16_64x64>", "products"),
+        ("geglu", "products"),
+        (
+            "sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc",
+            "convolutions",
+        ),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64", "attention"),
+        ("attend_blocks", "attention"),
+        ("group_norm_apply", "norms"),
+        ("triton_red_fused_native_group_norm_silu_3", "norms"),
+        ("triton_poi_fused_convolution_silu_1", "other"),
+        ("void at::native::elementwise_kernel<128, 4>", "other"),
+        ("Memset (Device)", "copies"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+    ],
+)
+def test_what_a_kernel_does_is_told_by_its_name(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind and kind in KINDS
+
+
+def test_the_report_says_what_the_gpu_does() -> None:
+    noted = dict.fromkeys(KINDS, 1.5)
+    found = [row("r", "sd15-512-b1", "blade", step_ms=2.0, kinds_ms=noted)]
+    assert f"| **blade** | {' | '.join(['1.50 ms'] * len(KINDS))} |" in report.document(found)
+    assert "each kind's time" not in report.document([row("r", "sd15-512-b1", "blade")])
 
 
 def test_the_report_holds_without_any_row() -> None:
