@@ -102,14 +102,16 @@ class Trace(AbstractContextManager["Trace"]):
         assert self._profile.profiler is not None and self._profile.profiler.kineto_results
         events = self._profile.profiler.kineto_results.events()
         device = [event for event in events if event.device_type() == self._kind]
-        spans = ((event.start_ns(), event.start_ns() + event.duration_ns()) for event in device)
+        spans = [(event.start_ns(), event.start_ns() + event.duration_ns()) for event in device]
+        busy, whole = _covered(spans), max(e for _, e in spans) - min(s for s, _ in spans)
         by_kind = dict.fromkeys(KINDS, 0)
         for event in device:
             by_kind[kind_of(event.name())] += event.duration_ns()
         calls = [e for e in events if any(part in e.name() for part in _CALLS)]
         launches = sum(event.device_type() == DeviceType.CPU for event in calls)
         return {
-            "step_kernel_ms": round(_covered(spans) / 1e6 / steps, 3),
+            "step_kernel_ms": round(busy / 1e6 / steps, 3),
+            "idle_ms": round((whole - busy) / 1e6 / steps, 3),
             "kernels_per_step": round(len(device) / steps, 1),
             "launches_per_step": round(launches / steps, 1),
             "kinds_ms": {kind: round(ns / 1e6 / steps, 3) for kind, ns in by_kind.items()},

@@ -14,6 +14,7 @@ MEASURED: dict[str, str] = {
     "step_ms_p90": "the same, 90th percentile",
     "step_kernel_ms": "ms of a step in which the GPU was busy, from the profiler",
     "wall_minus_kernel_ms": "step_ms - step_kernel_ms",
+    "idle_ms": "ms of a step in which it was not, from the profiler, too: both at one clock rate",
     "host_ms": "CPU ms from entering a step's model calls to leaving them, the GPU idle before",
     "kernels_per_step": "kernels, copies and memsets on the GPU",
     "launches_per_step": "calls of the CUDA API that start them",

@@ -16,6 +16,7 @@ from ..key import GraphKey
 from ..log import warn_once
 from ..structure import modules_of
 from .blocks import Step
+from .joined import attentions
 from .projections import Projection
 from .step import not_capturable
 from .unit import RunContext, Signature, Unit
@@ -37,6 +38,7 @@ class OptimizedBlock:
         self.compiled_calls = 0
         self._pending = False  # units of the last call ran uncompiled
         self.changes = 0  # how often it was read anew
+        self.attentions: list[nn.Module] = []
         self._frozen_keys: list[dict[Signature, GraphKey]] = []
         self._seen: list[tuple[nn.Module, dict[str, Any]]] = []
 
@@ -175,6 +177,7 @@ class OptimizedBlock:
             ):
                 return False
         self._seen = [] if hooked else [(m, dict(vars(m))) for m in modules]
+        self.attentions = attentions(modules)
         return True
 
     def _read_program(self) -> str | None:

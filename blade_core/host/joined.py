@@ -15,21 +15,23 @@ from comfy.ldm.modules.attention import CrossAttention
 from torch import nn
 
 from ..kernels.joint_linear import as_one
-from ..structure import modules_of
 from .weights import holders
 
 
-def join_weights(roots: Iterable[nn.Module], device: torch.device) -> None:
+def attentions(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those modules whose weights may belong together."""
+    return [module for module in modules if type(module) is CrossAttention]
+
+
+def join_weights(attentions: Iterable[nn.Module], device: torch.device) -> None:
     """Move the weights that belong together, where nobody else holds their memory.
 
     One group is there twice at a time. Nothing waits for the device.
     """
-    for root in roots:
-        for module in modules_of(root):
-            if type(module) is CrossAttention:
-                weights = _weights(module)
-                if weights and _movable(weights, device) and as_one(weights) is None:
-                    _move(weights)
+    for module in attentions:
+        weights = _weights(module)
+        if weights and as_one(weights) is None and _movable(weights, device):
+            _move(weights)
 
 
 def _weights(attention: Any) -> list[torch.Tensor]:

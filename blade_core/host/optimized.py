@@ -216,7 +216,7 @@ class OptimizedModel:
             block.read()
         self._classes = classes
         if backends[0].joins(x.device):
-            join_weights([block.block for block in self.blocks], x.device)
+            join_weights([a for block in self.blocks for a in block.attentions], x.device)
         slots = [slot for block in self.blocks for slot in block.slots()]
         if run.weight_format == torch.channels_last:  # the GPU works on it while Python goes on
             self._layout.apply((tensors[key] for tensors, key in slots), x.device)

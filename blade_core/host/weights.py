@@ -134,7 +134,7 @@ class ChannelsLast:
         self._changed: list[_Change] = []
 
     def apply(self, weights: Iterable[torch.Tensor], device: torch.device) -> None:
-        weights, done = list(weights), set()
+        weights, done, room = list(weights), set(), _Room()
         own = Counter(weight.data_ptr() for weight in weights)
         for weight in weights:
             if (
@@ -146,10 +146,11 @@ class ChannelsLast:
                 and holders(weight) <= own[weight.data_ptr()]
             ):
                 change = _Change(weight, weight.stride(), weight.data_ptr())
-                values = weight.to(memory_format=torch.channels_last)
-                _restride(weight, values.stride())
-                if change.address not in done:  # tied weights share their memory
-                    weight.data.copy_(values)
+                stride = _channels_last(weight.shape)
+                if change.address in done:  # tied weights share their memory
+                    _restride(weight, stride)
+                else:
+                    room.rearrange(weight, stride)
                     done.add(change.address)
                     change.owns_memory = True
                 self._changed.append(change)
@@ -160,18 +161,46 @@ class ChannelsLast:
         return [change.address for change in self._changed]
 
     def restore(self) -> None:
+        room = _Room()
         while self._changed:  # one by one: if memory runs out, the next call goes on from there
             change = self._changed[-1]
             weight = change.weight
             if weight.is_contiguous(memory_format=torch.channels_last):
-                values = weight.contiguous()
                 if weight.data_ptr() != change.address:  # the host has moved it meanwhile
-                    weight.data = values
+                    weight.data = weight.contiguous()
+                elif change.owns_memory:
+                    room.rearrange(weight, change.stride)
                 else:
                     _restride(weight, change.stride)
-                    if change.owns_memory:
-                        weight.data.copy_(values)
             self._changed.pop()
+
+
+class _Room:
+    """Memory through which weights are rearranged, one after the other: asking for memory costs
+    the CPU more than all else of it."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def rearrange(self, weight: torch.Tensor, stride: tuple[int, ...]) -> None:
+        """Give a dense `weight` other strides, and its values in their order, where it is."""
+        room = self._memory
+        if (
+            room is None
+            or (room.dtype, room.device) != (weight.dtype, weight.device)
+            or room.numel() < weight.numel()
+        ):
+            self._memory = room = None  # given back first
+            self._memory = room = weight.new_empty(weight.numel())
+        values = room.as_strided(weight.shape, stride)
+        values.copy_(weight)
+        _restride(weight, stride)
+        weight.data.copy_(values)
+
+
+def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    _, channels, height, width = shape
+    return (channels * height * width, 1, width * channels, channels)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from blade_tests.host.tiny import SD15, SDXL, make_model, relative_rms, sample
 
 from blade.blade_core.backends.eager import EagerBackend
 from blade.blade_core.config import OptimizeConfig
+from blade.blade_core.host.joined import attentions as attentions_in
 from blade.blade_core.host.joined import join_weights
 from blade.blade_core.host.model import Session, optimize_model
 from blade.blade_core.kernels.joint_linear import as_one
@@ -29,6 +30,10 @@ def attentions(model: Any) -> dict[str, list[torch.Tensor]]:
         for name, module in unet.named_modules()
         if hasattr(module, "to_q")
     }
+
+
+def attentions_of(unet: Any) -> list[Any]:
+    return attentions_in(unet.modules())
 
 
 def are_joined(model: Any) -> set[bool]:
@@ -57,7 +62,7 @@ def test_each_weight_is_what_it_was(loaded: bool, inference: bool) -> None:
     expected = sample(model)
     assert are_joined(model) == {False}
     with torch.inference_mode(inference):
-        join_weights([unet], CPU)
+        join_weights(attentions_of(unet), CPU)
     assert are_joined(model) == {True}
     crossed = [w for name, w in attentions(model).items() if name.endswith("attn2")]
     assert all((as_one(w) is not None) == (w[0].shape == w[1].shape) for w in crossed)
@@ -71,28 +76,28 @@ def test_each_weight_is_what_it_was(loaded: bool, inference: bool) -> None:
 
 def test_a_second_time_nothing_moves(model: Any) -> None:
     unet = model.model.diffusion_model
-    join_weights([unet], CPU)
+    join_weights(attentions_of(unet), CPU)
     places = [w.data_ptr() for weights in selfs(model) for w in weights]
-    join_weights([unet], CPU)
+    join_weights(attentions_of(unet), CPU)
     assert [w.data_ptr() for weights in selfs(model) for w in weights] == places
 
 
 def test_memory_that_others_hold_is_left(model: Any) -> None:
     held = selfs(model)[0][1].detach()
-    join_weights([model.model.diffusion_model], CPU)
+    join_weights(attentions_of(model.model.diffusion_model), CPU)
     joined = [as_one(weights) is not None for weights in selfs(model)]
     assert joined == [False, *[True] * (len(joined) - 1)]
     assert held.data_ptr() == selfs(model)[0][1].data_ptr()
 
 
 def test_weights_elsewhere_are_left(model: Any) -> None:
-    join_weights([model.model.diffusion_model], torch.device("meta"))
+    join_weights(attentions_of(model.model.diffusion_model), torch.device("meta"))
     assert are_joined(model) == {False}
 
 
 def test_checkpoints_are_saved_and_loaded(model: Any, tmp_path: Path) -> None:
     unet = model.model.diffusion_model
-    join_weights([unet], CPU)
+    join_weights(attentions_of(unet), CPU)
     file = str(tmp_path / "model.safetensors")
     comfy.utils.save_torch_file(model.model.state_dict_for_saving(), file)
     read = comfy.utils.load_torch_file(file)

@@ -6,12 +6,13 @@ import enum
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+from blade.blade_core import structure as described
 from blade.blade_core.errors import UnknownStructure
 from blade.blade_core.key import digest
 from blade.blade_core.structure import describe, reads_training
@@ -183,6 +184,43 @@ def test_a_patched_class_of_torch_counts(monkeypatch: pytest.MonkeyPatch) -> Non
     before = structure(Layer())
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, x, weight, bias: x)
     assert structure(Layer()) != before
+
+
+def test_code_that_is_changed_where_it_is_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes are remembered; what they hold is looked at all the same."""
+
+    def other(x: torch.Tensor) -> torch.Tensor:
+        return x * 3
+
+    def getter(self: Any) -> float:
+        return 2.0
+
+    before = structure(Layer())
+    changed = [(Norm.scaled, other), (Norm.__dict__["offset"].fget, getter)]
+    for function, new in changed:
+        with monkeypatch.context() as patch:
+            patch.setattr(function, "__code__", new.__code__)
+            assert structure(Layer()) != before
+        assert structure(Layer()) == before
+
+
+def test_a_list_of_a_class_that_grows_counts() -> None:
+    class Listed(Norm):
+        sizes: ClassVar[list[int]] = [1]
+
+    before = structure(Listed())
+    assert structure(Listed()) == before
+    Listed.sizes.append(2)
+    assert structure(Listed()) != before
+
+
+def test_more_classes_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = structure(Layer())
+    monkeypatch.setattr(described, "_MOST_SEEN", 1)
+    described._seen.clear()
+    described._classes.clear()
+    assert structure(Layer()) == before
+    assert len(described._seen) == len(described._classes) == 1
 
 
 def test_classes_made_by_one_function_count() -> None:
