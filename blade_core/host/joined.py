@@ -37,6 +37,8 @@ def join_weights(attentions: Iterable[nn.Module], device: torch.device) -> None:
 def _weights(attention: Any) -> list[torch.Tensor]:
     """Of the three layers, if they read the same tokens and have no bias."""
     layers = [attention.to_q, attention.to_k, attention.to_v]
+    if not all(isinstance(layer, nn.Linear) for layer in layers):  # another pack's
+        return []
     weights = [layer._parameters.get("weight") for layer in layers]
     if any(w is None or layer.bias is not None for w, layer in zip(weights, layers, strict=True)):
         return []

@@ -90,6 +90,14 @@ def test_memory_that_others_hold_is_left(model: Any) -> None:
     assert held.data_ptr() == selfs(model)[0][1].data_ptr()
 
 
+def test_layers_of_other_packs_are_left(model: Any) -> None:
+    unet = model.model.diffusion_model
+    first = attentions_of(unet)[0]
+    first.to_k = torch.nn.Identity()
+    join_weights([first], CPU)
+    assert first.to_q.weight.untyped_storage().nbytes() == first.to_q.weight.nbytes
+
+
 def test_weights_elsewhere_are_left(model: Any) -> None:
     join_weights(attentions_of(model.model.diffusion_model), torch.device("meta"))
     assert are_joined(model) == {False}
