@@ -9,10 +9,9 @@ import torch
 from torch import fx
 
 from . import joint_linear
-from .nodes import aten, calls, value
+from .nodes import VIEWS, aten, calls, value
 
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
-_SHOWS = (*_VIEWS, aten.transpose.int, aten.permute.default)
+_SHOWS = (*VIEWS, aten.transpose.int, aten.permute.default)
 """What attention shows its inputs through."""
 
 
@@ -59,7 +58,7 @@ def _over_the_same_tokens(graph: fx.Graph) -> list[list[fx.Node]]:
         weight = _weight(product)
         if weight is not None:
             tokens: Any = product.args[0]
-            source = tokens.args[0] if tokens.target in _VIEWS else tokens
+            source = tokens.args[0] if tokens.target in VIEWS else tokens
             groups.setdefault((source, value(tokens).shape), []).append(product)
     return [group for group in groups.values() if len(group) > 1]
 

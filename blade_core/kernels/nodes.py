@@ -10,6 +10,8 @@ from torch import fx
 
 aten = torch.ops.aten
 
+VIEWS = (aten.view.default, aten._unsafe_view.default)
+
 
 def calls(graph: fx.Graph, *targets: Any) -> list[fx.Node]:
     """All calls of `targets`, in their order."""

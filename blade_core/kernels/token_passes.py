@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from . import geglu, layer_norm
-from .nodes import aten, calls, erase, only_result, only_user, results, value, viewed
+from .nodes import VIEWS, aten, calls, erase, only_result, only_user, results, value, viewed
 
 LATE_BIAS_VERSION = 1
 """Counts changes of `late_biases`. Compiled graphs that are kept are of one version."""
@@ -18,8 +18,7 @@ LATE_BIAS_VERSION = 1
 Node: TypeAlias = Any
 """A node of torch.fx, whose arguments have no types."""
 
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
-_SAME_VALUES = (*_VIEWS, aten.permute.default, aten.clone.default)
+_SAME_VALUES = (*VIEWS, aten.permute.default, aten.clone.default)
 """Torch takes copies for dropout that is off, and for layouts that it takes channels-last not to
 have; compilers leave those out."""
 
@@ -164,7 +163,7 @@ def _shown(product: Node) -> tuple[Node, bool]:
             if behind or list(user.args[1]) != [0, 2, 3, 1]:  # type: ignore[arg-type]
                 break
             behind = True
-        elif user.target in _VIEWS and not (behind and value(user).shape[-1] == channels):
+        elif user.target in VIEWS and not (behind and value(user).shape[-1] == channels):
             break
         last = user
     return last, behind

@@ -47,11 +47,6 @@ def with_lora(model: Any, strength: float) -> Any:
     return clone
 
 
-def blocks(session: Session) -> int:
-    """How many blocks the model has that was sampled with."""
-    return len(session.stats()["models"][0]["blocks"])
-
-
 def used() -> int:
     """Device memory in use once all models are unloaded."""
     comfy.model_management.unload_all_models()
@@ -121,7 +116,7 @@ def test_forty_prompts_in_one_life(session: Session) -> None:
             memory.append(used())
             eager.append(counters["blocks_eager"])
     # While other processes compile, the first step of a new form runs as stock; no other does.
-    assert eager[3] == eager[0] <= len(FORMS) * blocks(session)
+    assert eager[3] == eager[0] and eager[0] in (0, len(FORMS) * 10)
     assert counters["replays"] >= 40 * 16
     assert len(session.engine.cache) == counters["graphs_compiled"]  # nothing compiled twice
     assert session.captures.used() == 0  # all models are unloaded
@@ -170,8 +165,8 @@ def test_work_that_waits_is_found_before_it_is_recorded(session: Session) -> Non
     model = make_model(WIDE, dtype=torch.float16)
     model.model.diffusion_model.time_embed[1].__class__ = Waiting
     expected = run(model, size=(32, 32))
-    assert relative_rms(run(optimize_model(model, STRICT), size=(32, 32)), expected) <= BOUND
-    assert session.engine.counters["captures"] == blocks(session)  # one by one
+    with session.engine.counters.expect(captures=10):  # the blocks, one by one
+        assert relative_rms(run(optimize_model(model, STRICT), size=(32, 32)), expected) <= BOUND
     assert "waits for the GPU" in str(session.stats()["models"])
 
 
@@ -192,4 +187,4 @@ def test_a_patch_between_the_blocks(session: Session) -> None:
     patched.set_model_output_block_patch(lambda h, skip, _: (h * 1.1, skip))
     expected = run(patched, size=(32, 32))
     assert relative_rms(run(optimize_model(patched, STRICT), size=(32, 32)), expected) <= BOUND
-    assert session.engine.counters["captures"] == blocks(session)
+    assert session.engine.counters["captures"] == 10

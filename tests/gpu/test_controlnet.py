@@ -25,6 +25,13 @@ CONFIGS = {
     "sdxl": SDXL | WIDE | {"num_head_channels": 64},
 }
 
+
+@pytest.fixture(autouse=True)
+def compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While other processes compile, a first step runs as stock; test_capture.py has that."""
+    monkeypatch.setenv("BLADE_COMPILE_WORKERS", "0")
+
+
 Links = list[tuple[Any, dict[str, Any]]]
 
 
@@ -64,10 +71,8 @@ def test_the_same_image_in_one_life(session: Session, config: dict[str, Any]) ->
     whole: dict[str, Any] = {"hint": image(1, (256, 256))}
     check(model, optimized, [(one, whole)])
     graphs = counters["graphs_compiled"]
-    # As stock while other processes compile, launched, launched again if the first had to wait for
-    # new graphs' checks, then recorded.
-    assert counters["control_replays"] in (16, 17, 18)
-    eager = counters["blocks_eager"]
+    # Launched, launched again if the first had to wait for new graphs' checks, then recorded.
+    assert counters["control_replays"] in (17, 18)
     with counters.expect(graphs_compiled=0, captures=0, hint_embeddings=1):
         check(model, optimized, [(one, {"hint": image(2, (320, 192)), "strength": 0.5})])
     with counters.expect(graphs_compiled=0, captures=1):
@@ -78,10 +83,10 @@ def test_the_same_image_in_one_life(session: Session, config: dict[str, Any]) ->
         check(model, optimized, [(one, whole), (one, {"hint": image(3), "strength": 2.0})])
     with counters.expect(graphs_compiled=0):
         check(model, optimized, [(one, {**whole, "start": 0.2, "end": 0.6})])
-    assert counters["blocks_eager"] == eager
     check(model, optimized, [(one, whole)], size=(48, 32), batch=2, tokens=154)
     check(model, optimized, [(one, whole)], cfg=1.0)
     check(model, model, [(one, whole), (two, whole)])  # the model as stock
+    assert counters["blocks_eager"] == 0
     assert counters["graphs_compiled"] > graphs  # for the other sizes
 
 
@@ -101,8 +106,7 @@ def test_offloaded_weights(session: Session, monkeypatch: pytest.MonkeyPatch) ->
     device, load = comfy.model_management.get_torch_device(), patcher.load
     monkeypatch.setattr(patcher, "load", lambda *_, **__: load(device, lowvram_model_memory=half))
     check(model, optimize_model(model, STRICT), [(control, {})])
-    with session.engine.counters.expect(graphs_compiled=0, blocks_eager=0):
-        check(model, optimize_model(model, STRICT), [(control, {"strength": 0.5})])
+    assert session.engine.counters["blocks_eager"] == 0
     assert any(p.device.type == "cpu" for p in control.control_model.parameters())
 
 
