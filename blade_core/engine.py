@@ -29,6 +29,7 @@ from .graph import Graph, GraphFunction, GraphRequest
 from .jobs import Jobs
 from .key import GraphKey, allow_tf32
 from .log import logger, warn_once
+from .preload import Preload
 from .store import GraphStore
 
 _ORDER = ("torch_blade", "inductor")
@@ -61,6 +62,7 @@ class Engine:
         # Inductor and torch_blade keep global state while they compile.
         self._compiling = threading.Lock()
         self.jobs = Jobs(self.store)
+        self._preload = Preload()
 
     def backends(self, config: OptimizeConfig, device: torch.device) -> tuple[Backend, ...]:
         """Return the backends that `config` allows on `device`, the one to try first in front.
@@ -77,6 +79,7 @@ class Engine:
             names = _ORDER
         elif config.backend in _ORDER and not config.strict:
             names = _ORDER[_ORDER.index(config.backend) :]
+        self._preload.wait()
         reasons = {name: BACKENDS[name].available(device) for name in names}
         usable = tuple(_chosen(name, config) for name in names if reasons[name] is None)
         why_not = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -87,12 +90,15 @@ class Engine:
         return usable[:1] if config.strict else usable
 
     def expect(self, config: OptimizeConfig, device: torch.device) -> None:
-        """A model is going to run on `device`. Where no graph was ever made, all of them will be
-        missing: other processes import their compiler while the host still loads the model."""
+        """A model is going to run on `device`: the compiler is imported while the host still loads
+        it. Where no graph was ever made, all of them will be missing, and other processes get
+        ready, too."""
         made = len(self.cache) or (self.store is not None and self.store.stored().graphs)
         names = (config.backend, *(_ORDER if config.backend == "auto" else ()))
-        if not made and "inductor" in names and self.jobs.pays(device):
-            self.jobs.start(device)
+        if "inductor" in names:
+            if not made and self.jobs.pays(device):
+                self.jobs.start(device)
+            self._preload.start(BACKENDS["inductor"])
 
     def graph(
         self,

@@ -1,0 +1,92 @@
+"""Importing the compiler beside the host's own work."""
+
+import threading
+from typing import Any
+
+import pytest
+from blade_tests.unit.samples import CPU, in_new_process
+
+from blade.blade_core.backends import BACKENDS
+from blade.blade_core.config import OptimizeConfig
+from blade.blade_core.engine import Engine
+from blade.blade_core.preload import Preload
+
+PATIENCE = 20.0
+
+_IN_ORDER = """
+import sys, threading
+import torch
+from blade.blade_core.config import OptimizeConfig
+from blade.blade_core.engine import Engine
+engine, config = Engine(), OptimizeConfig(backend="inductor", on_failure="error")
+before = "torch._inductor.compile_fx" in sys.modules
+engine.expect(config, torch.device("cpu"))
+running = [t.name for t in threading.enumerate() if t.name == "blade-import"]
+engine.backends(config, torch.device("cpu"))
+print(before, running, "torch._inductor.compile_fx" in sys.modules)
+"""
+
+
+class Slow:
+    """What of a backend is asked for here."""
+
+    name = "slow"
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.times, self.go = error, 0, threading.Event()
+
+    def preload(self) -> None:
+        self.times += 1
+        assert self.go.wait(PATIENCE)
+        if self.error is not None:
+            raise self.error
+
+
+def started(backend: Any) -> Preload:
+    preload = Preload()
+    preload.start(backend)
+    return preload
+
+
+def test_the_caller_goes_on_and_whoever_needs_it_waits() -> None:
+    slow = Slow()
+    preload = started(slow)
+    waiting = threading.Thread(target=preload.wait)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    slow.go.set()
+    waiting.join(PATIENCE)
+    assert not waiting.is_alive()
+
+
+def test_once() -> None:
+    slow = Slow()
+    slow.go.set()
+    preload = started(slow)
+    again: Any = Slow()
+    preload.start(again)
+    preload.wait()
+    assert (slow.times, again.times) == (1, 0)
+
+
+def test_without_a_start_there_is_nothing_to_wait_for() -> None:
+    Preload().wait()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_cannot_be_imported_is_no_error_here() -> None:
+    slow = Slow(error=OSError("no such library"))
+    slow.go.set()
+    started(slow).wait()
+
+
+def test_a_model_that_is_going_to_run_has_its_compiler_imported() -> None:
+    assert in_new_process(_IN_ORDER, BLADE_COMPILE_WORKERS="0") == "False ['blade-import'] True"
+
+
+def test_nothing_is_imported_for_who_does_not_compile() -> None:
+    engine = Engine()
+    engine.expect(OptimizeConfig(backend="eager"), CPU)
+    assert engine._preload._thread is None
+    assert engine.backends(OptimizeConfig(backend="eager"), CPU) == (BACKENDS["eager"],)
