@@ -9,13 +9,17 @@ A key counts every field by default. Left out, by name:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from .config import FORMAT_VERSION
+
+_REMEMBERED = 4096
+"""How many specs and layouts are not worked out again: each run asks for the same ones."""
 
 _SHORT = {
     torch.float32: "f32",
@@ -39,19 +43,41 @@ class TensorSpec:
     dtype: torch.dtype
     device: str
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> TensorSpec:
-        # The stride of a dimension of size 1 is never used, and differs between tensors that
-        # are equal in every way that counts.
-        stride = tuple(
-            s if n != 1 else 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        return cls(tuple(tensor.shape), stride, tensor.dtype, str(tensor.device))
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorSpec:
+        return _spec(*_form(tensor))
 
     def __str__(self) -> str:
         dtype = _SHORT.get(self.dtype, str(self.dtype).removeprefix("torch."))
         nhwc = len(self.shape) == 4 and self.stride[1] == 1 and self.shape[1] != 1
         return f"{dtype}[{','.join(map(str, self.shape))}]{' nhwc' if nhwc else ''}"
+
+
+def layout(weights: Sequence[torch.Tensor]) -> str:
+    """Digest of the specs of a graph's weights."""
+    return _layout(tuple(map(_form, weights)))
+
+
+_Form: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]"
+
+
+def _form(tensor: torch.Tensor) -> _Form:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+@lru_cache(_REMEMBERED)
+def _spec(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> TensorSpec:
+    # The stride of a dimension of size 1 is never used, and differs between tensors that are
+    # equal in every way that counts.
+    used = tuple(s if n != 1 else 0 for n, s in zip(shape, stride, strict=True))
+    return TensorSpec(tuple(shape), used, dtype, str(device))
+
+
+@lru_cache(_REMEMBERED)
+def _layout(forms: tuple[_Form, ...]) -> str:
+    return digest(tuple(_spec(*form) for form in forms))
 
 
 @dataclass(frozen=True, eq=False)

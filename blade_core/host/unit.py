@@ -16,7 +16,7 @@ from ..config import OptimizeConfig
 from ..engine import Engine
 from ..errors import CompileFailed
 from ..graph import Graph, GraphRequest, Positional, Static, skeleton
-from ..key import GraphKey, TensorSpec, digest
+from ..key import GraphKey, TensorSpec, digest, layout
 from ..log import warn_once
 from ..structure import describe, reads_training
 from .blocks import Step
@@ -198,7 +198,7 @@ class Unit:
         return GraphKey(
             structure=self.structure,
             signature=tuple(next(specs) if isinstance(a, torch.Tensor) else a for a in call.args),
-            layout=digest(tuple(TensorSpec.of(w) for w in call.weights)),
+            layout=layout(call.weights),
             backend=backend.fingerprint(),
             environment=run.environment,
             frozen=self._frozen if self.weights.resident else None,

@@ -107,6 +107,26 @@ def test_twice_and_off(session: Session, vae: Any) -> None:
         assert torch.equal(used(off, decode()), used(vae, decode()))
 
 
+def test_pixels_to_the_last_bit(session: Session, vae: Any) -> None:
+    ours = optimized(vae)
+    given = torch.cat([torch.randn(1000), torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])])
+    image = given.clone()
+    expected = vae.process_output(given.clone())
+    torch.testing.assert_close(
+        ours.process_output(image), expected, rtol=0.0, atol=0.0, equal_nan=True
+    )
+    if vae.process_output is not ours.process_output:  # it makes new tensors, and so do we
+        torch.testing.assert_close(image, given, rtol=0.0, atol=0.0, equal_nan=True)
+    off = optimized(ours, enabled=False)
+    assert off.process_output is vae.process_output
+
+
+@pytest.mark.parametrize("other", [lambda image: image, lambda image: image.mul_(2.0)])
+def test_other_ways_to_pixels_are_left_alone(session: Session, vae: Any, other: Any) -> None:
+    vae.process_output = other
+    assert optimized(vae).process_output is other
+
+
 def test_copies(session: Session, vae: Any) -> None:
     ours = optimized(vae)
     expected = used(vae, decode())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from blade.blade_core.graph import GraphRequest, Positional, Static, skeleton
-from blade.blade_core.key import GraphKey, TensorSpec, digest, environment
+from blade.blade_core.key import GraphKey, TensorSpec, digest, environment, layout
 from blade.blade_core.structure import describe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ def request_of(
         key=GraphKey(
             structure=digest(describe(unit)),
             signature=(*(TensorSpec.of(t) for t in inputs), static),
-            layout=digest(tuple(TensorSpec.of(w) for w in weights)),
+            layout=layout(weights),
             backend="fake 1.0",
             environment=environment(CPU),
             frozen="0123456789abcdef" if frozen else None,

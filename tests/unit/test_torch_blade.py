@@ -28,7 +28,7 @@ from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
 from blade.blade_core.errors import BackendUnavailable, CompileFailed, is_out_of_memory
 from blade.blade_core.graph import GraphRequest, Positional, Static, skeleton
-from blade.blade_core.key import GraphKey, TensorSpec, digest, environment
+from blade.blade_core.key import GraphKey, TensorSpec, digest, environment, layout
 from blade.blade_core.structure import describe
 
 pytestmark = [
@@ -158,7 +158,7 @@ def request_of(
         key=GraphKey(
             structure=digest(describe(unit)),
             signature=tuple(TensorSpec.of(a) if isinstance(a, torch.Tensor) else a for a in args),
-            layout=digest(tuple(TensorSpec.of(w) for w in weights)),
+            layout=layout(weights),
             backend=TorchBladeBackend().fingerprint(),
             environment=environment(CPU),
             frozen=digest([w.tolist() for w in weights]) if frozen else None,
