@@ -100,6 +100,9 @@ class OptimizedControlNet(OptimizedModel):
 
     _hints: tuple[Hint, ...] = ()
 
+    _written: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+    """While residuals are written to places of their own: the strength, and where, by block."""
+
     def _hold(self, model: nn.Module) -> dict[str, nn.Module]:
         self.blocks = []
         self._forms: dict[Any, list[Form]] = {}
@@ -186,6 +189,26 @@ class OptimizedControlNet(OptimizedModel):
         self._forms[call.signature] = _forms(residuals)
         return _pack(residuals, forms or self._forms[call.signature])
 
+    def write(
+        self,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        strength: torch.Tensor,
+        packed: torch.Tensor,
+        forms: list[Form],
+    ) -> None:
+        """Run `call` over other tensors, launch by launch, and write each of its residuals, times
+        `strength`, to its place in `packed` as soon as it is there."""
+        rest = iter(tensors)
+        residuals = unpack(packed, forms)
+        places = {f"zero_convs.{i}": place for i, place in enumerate(residuals["output"])}
+        places["middle_block_out"] = residuals["middle"][0]
+        self._written = (strength, places)
+        try:
+            self._launch(call, [None if t is None else next(rest) for t in call.given])
+        finally:
+            self._written = None
+
     def forms(self, call: Call) -> list[Form]:
         """What is in the packed residuals of such calls, once there was one."""
         return self._forms[call.signature]
@@ -212,7 +235,11 @@ class OptimizedControlNet(OptimizedModel):
         context: torch.Tensor | None,
     ) -> torch.Tensor:
         assert self._run is not None
-        return block(h, emb, context, {}, None, (None, None, None), self._run, UNPATCHED)
+        result = block(h, emb, context, {}, None, (None, None, None), self._run, UNPATCHED)
+        strength, places = self._written or (None, {})
+        if strength is None or block.name not in places:
+            return result
+        return torch.mul(result, strength, out=places[block.name])
 
     def _see(
         self, model: Any, image: torch.Tensor, others: dict[str, Any], dtype: torch.dtype

@@ -150,7 +150,7 @@ class Calls:
         try:
             for (call, given, strength), one in zip(parts, (total, *others), strict=True):
                 with aside[call.net]:
-                    torch.mul(call.net.packed(call, given, forms), strength, out=one)
+                    call.net.write(call, given, strength, one, forms)
         except BaseException:
             join()  # a recording must not end with streams of its own
             raise

@@ -27,6 +27,7 @@ from comfy.controlnet import StrengthType
 
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.host.model import Session
+from blade.blade_core.host.progress import CompileProgress
 
 # The host's Union layers have this one width.
 UNION = {
@@ -283,3 +284,34 @@ def test_a_lora_hook_on_a_prompt(session: Session, sd15: Any, make: Any) -> None
     )
     unhooked = sample(sd15, **applied(control, **plain, config=None), **STEPS)
     assert relative_rms(expected, unhooked) > 1e-3
+
+
+@pytest.mark.parametrize("config", [SD15, SDXL], ids=["sd15", "sdxl"])
+def test_residuals_are_written_where_a_recording_wants_them(
+    session: Session, config: dict[str, Any]
+) -> None:
+    """What a recording on a GPU does on a stream of its own: each to its place, times strength."""
+    net = make_controlnet(config).control_model
+    state = session.controlnet(net, EAGER)
+    label = config["adm_in_channels"]
+    with torch.inference_mode():
+        call = state.prepare(
+            net,
+            (
+                torch.randn(2, 4, 16, 16),
+                torch.rand(1, 3, 128, 128),
+                torch.full((2,), 500.0),
+                torch.randn(2, 77, config["context_dim"]),
+                None if label is None else torch.randn(2, label),
+            ),
+            {},
+            progress=CompileProgress(None),
+            freeze=False,
+        )
+        assert call is not None
+        packed = state.packed(call, call.tensors)
+        written = torch.full_like(packed, torch.nan)
+        state.write(call, call.tensors, torch.tensor([0.5]), written, state.forms(call))
+        assert torch.equal(written, packed * 0.5)
+        assert torch.equal(state.packed(call, call.tensors), packed)
+        state.end()
