@@ -43,7 +43,7 @@ _VARIABLES = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 
-_MOST, _WORTH = 12, 6
+_MOST, _WORTH = 16, 6
 """How many processes there are at most, and from how many on they are faster than this one alone
 where somebody waits for them."""
 _VRAM_BYTES, _MEMORY_BYTES = 3 * 2**30, 2**30

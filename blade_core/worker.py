@@ -4,7 +4,7 @@ Reads jobs from standard input and writes answers to standard output, each a pic
 length; ends when the input does, or after a time without work.
 
 Importing a compiler takes longer than most graphs do. So where processes can fork, one imports it
-and forks a child for each job, several at a time; elsewhere it does one job after the other.
+and forks children, several at a time; elsewhere it does one job after the other.
 """
 
 from __future__ import annotations
@@ -60,66 +60,114 @@ def main(children: int) -> None:
         _one_by_one(jobs, answers)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Child:
-    """A fork that compiles one job: the end of its pipe, and what came through that so far."""
+    """A fork that compiles: the ends of its pipes, the job that it has, and what came of that."""
 
-    job: Job
     process: int
-    pipe: int
+    jobs: IO[bytes]
+    answers: int
+    job: Job | None = None
     content: bytearray = field(default_factory=bytearray)
 
     def fileno(self) -> int:
-        return self.pipe
+        return self.answers
 
-    def has_ended(self) -> bool:
-        """Take what has come."""
-        part = os.read(self.pipe, 2**20)
+    def begin(self, job: Job) -> None:
+        """Give it a job. That it has died shows when it is asked for the answer."""
+        self.job = job
+        self.content.clear()
+        with suppress(BrokenPipeError):
+            write(self.jobs, job)
+
+    def has_answered(self) -> bool:
+        """Take what has come; whether that is all that is going to."""
+        part = os.read(self.answers, 2**20)
         self.content += part
-        return not part
+        return not part or self._is_whole()
 
     def answer(self) -> bytes:
-        """What to pass on, once it has ended."""
-        os.close(self.pipe)
-        os.waitpid(self.process, 0)
-        whole = self.content[: _LENGTH.size] == _LENGTH.pack(len(self.content) - _LENGTH.size)
-        if whole:
+        """What to pass on."""
+        assert self.job is not None
+        if self._is_whole():
             return bytes(self.content)
         return _packed(Answer(self.job.number, None, "the process ended", 0.0))
 
+    def may_go_on(self) -> bool:
+        """Whether another job would not meet what became of this one: a GPU that faulted is lost
+        to its process."""
+        return (
+            self._is_whole() and Answer(*pickle.loads(self.content[_LENGTH.size :])).error is None
+        )
+
+    def end(self) -> None:
+        """Let it end, which it does by itself."""
+        with suppress(BrokenPipeError):
+            self.jobs.close()
+        os.close(self.answers)
+
+    def _is_whole(self) -> bool:
+        size = len(self.content) - _LENGTH.size
+        return size >= 0 and self.content[: _LENGTH.size] == _LENGTH.pack(size)
+
 
 def _by_children(jobs: IO[bytes], answers: IO[bytes], most: int) -> None:
+    """A child lives as long as there is another job for it: getting a GPU ready takes each as long
+    as a small graph does, and those that wait would hold memory of it."""
     for backend in BACKENDS.values():
         backend.preload()
     children: list[_Child] = []
+    ending: list[int] = []
     while True:
+        ending = [process for process in ending if os.waitpid(process, os.WNOHANG)[0] == 0]
         wanted: list[Any] = [*children, *([jobs] if len(children) < most else [])]
         ready = select.select(wanted, [], [], _IDLE_SECONDS)[0]
         if not ready and not children:
             return
-        for source in ready:
-            if not isinstance(source, _Child):
-                job = read(jobs)
-                if job is None:
-                    return
-                children.append(_fork(Job(*job), children))
-            elif source.has_ended():
-                children.remove(source)
-                answers.write(source.answer())
-                answers.flush()
+        free: list[_Child] = []
+        done: list[_Child] = []
+        for child in [child for child in children if child in ready and child.has_answered()]:
+            answers.write(child.answer())
+            answers.flush()
+            (free if child.may_go_on() else done).append(child)
+        children = [child for child in children if child not in done]
+        while (free or len(children) < most) and _is_readable(jobs):
+            job = read(jobs)
+            if job is None:
+                return
+            if not free:
+                free.append(_fork(children))
+                children.append(free[-1])
+            free.pop().begin(Job(*job))
+        children = [child for child in children if child not in free]
+        for child in (*done, *free):
+            child.end()
+            ending.append(child.process)
 
 
-def _fork(job: Job, others: list[_Child]) -> _Child:
-    reads, writes = os.pipe()
+def _is_readable(stream: IO[bytes]) -> bool:
+    return bool(select.select([stream], [], [], 0)[0])
+
+
+def _fork(others: list[_Child]) -> _Child:
+    jobs, to_child = os.pipe()
+    answers, from_child = os.pipe()
     process = os.fork()
     if process:
-        os.close(writes)
-        return _Child(job, process, reads)
+        os.close(jobs)
+        os.close(from_child)
+        return _Child(process, os.fdopen(to_child, "wb"), answers)
     try:
-        for pipe in (reads, *(other.pipe for other in others)):
-            os.close(pipe)
-        with os.fdopen(writes, "wb") as stream:
-            write(stream, _compiled(job))
+        # Or they would not learn that the other end was closed.
+        for end in (
+            to_child,
+            answers,
+            *(end for o in others for end in (o.jobs.fileno(), o.answers)),
+        ):
+            os.close(end)
+        with os.fdopen(jobs, "rb") as todo, os.fdopen(from_child, "wb") as done:
+            while (job := read(todo)) is not None:
+                write(done, _compiled(Job(*job)))
     finally:
         os._exit(0)  # nothing of the parent's is to be cleaned up
 
