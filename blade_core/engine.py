@@ -92,13 +92,14 @@ class Engine:
     def expect(self, config: OptimizeConfig, device: torch.device) -> None:
         """A model is going to run on `device`: the compiler is imported while the host still loads
         it. Where no graph was ever made, all of them will be missing, and other processes get
-        ready, too."""
+        ready, too; if nobody waits for those, the first image does not need a compiler here."""
         made = len(self.cache) or (self.store is not None and self.store.stored().graphs)
         names = (config.backend, *(_ORDER if config.backend == "auto" else ()))
         if "inductor" in names:
             if not made and self.jobs.pays(device):
                 self.jobs.start(device)
-            self._preload.start(BACKENDS["inductor"])
+            if made or config.compile != "background":
+                self._preload.start(BACKENDS["inductor"])
 
     def graph(
         self,

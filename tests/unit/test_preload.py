@@ -1,10 +1,11 @@
 """Importing the compiler beside the host's own work."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
-from blade_tests.unit.samples import CPU, in_new_process
+from blade_tests.unit.samples import CPU, in_new_process, request_of
 
 from blade.blade_core.backends import BACKENDS
 from blade.blade_core.config import OptimizeConfig
@@ -83,6 +84,18 @@ def test_what_cannot_be_imported_is_no_error_here() -> None:
 
 def test_a_model_that_is_going_to_run_has_its_compiler_imported() -> None:
     assert in_new_process(_IN_ORDER, BLADE_COMPILE_WORKERS="0") == "False ['blade-import'] True"
+
+
+def test_a_first_image_in_the_background_does_not_wait_for_an_import(tmp_path: Path) -> None:
+    background = OptimizeConfig(backend="inductor", compile="background")
+    engine = Engine(store=(tmp_path, 2**30))
+    engine.expect(background, CPU)
+    assert engine._preload._thread is None
+    request = request_of()
+    engine.store.write(request.key, b"a graph of an earlier life")  # type: ignore[union-attr]
+    engine.expect(background, CPU)
+    assert engine._preload._thread is not None
+    engine._preload.wait()
 
 
 def test_nothing_is_imported_for_who_does_not_compile() -> None:
