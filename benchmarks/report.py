@@ -73,7 +73,7 @@ def document(rows: Sequence[Row]) -> str:
     lines = [_HEAD, "## A step", *pictures.get("step", []), *pictures.get("host", [])]
     for scenario in MAIN_SCENARIOS:
         lines += ["", *_main(rows, scenario)]
-    lines += ["", *_variants(rows)]
+    lines += ["", *_starts(rows), "", *_variants(rows)]
     for model, name in (("sd15", "SD1.5"), ("sdxl", "SDXL")):
         lines += ["", f"## Batches and sizes, {name}", *pictures.get(f"grid-{model}", [])]
         scenarios = list(dict.fromkeys(s for part in sweep(model) for s in part))
@@ -101,6 +101,21 @@ def _main(rows: Sequence[Row], scenario: str) -> list[str]:
         *tables.costs(chosen, scenario),
         *_source(chosen),
     ]
+
+
+def _starts(rows: Sequence[Row]) -> list[str]:
+    """What a restarted process costs."""
+    about = """\
+The first image of a new process. *blade* finds nothing on disk and compiles; *blade-restart* is a
+process after it, which finds what *blade* left. The model's way to the GPU is in all of them."""
+    lines = ["## Start and restart", "", about]
+    systems = ("eager", "blade", "blade-restart")
+    for scenario in MAIN_SCENARIOS:
+        chosen = select(rows, [scenario], systems)
+        if chosen.row(scenario, "blade-restart"):
+            present = chosen.systems(systems)
+            lines += ["", *tables.starts(chosen, scenario, present), *_source(chosen)]
+    return lines
 
 
 def _variants(rows: Sequence[Row]) -> list[str]:

@@ -123,6 +123,28 @@ def costs(rows: Selection, scenario: str) -> list[str]:
     )
 
 
+def starts(rows: Selection, scenario: str, systems: Sequence[str]) -> list[str]:
+    """First images of new processes, with and without graphs on disk."""
+    columns = (
+        ("first image", "first_image_s", " s", None),
+        ("second image", "warm_first_image_s", " s", None),
+        ("compiled", "graphs", "", 0),
+        ("loaded", "graphs_loaded", "", 0),
+        ("loading", "load_s", " s", None),
+    )
+    lines = [
+        [
+            system,
+            *(
+                number(rows.value(scenario, system, field), unit, digits)
+                for _, field, unit, digits in columns
+            ),
+        ]
+        for system in systems
+    ]
+    return _table([title(scenario), *(heading for heading, *_ in columns)], lines)
+
+
 def steps(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
     """Step times (and the GPU's own) of several scenarios, one a line."""
 

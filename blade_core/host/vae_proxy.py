@@ -32,9 +32,8 @@ class VAEProxy:
         self.stock = stock
 
     def decode(self, z: torch.Tensor, *args: Any, **options: Any) -> Any:
-        """The host's own decode, but for its decoder; in fp32, which the host makes of it next,
-        in older versions on the CPU."""
-        return self._with("decoder").decode(z, *args, **options).float()
+        """The host's own decode, but for its decoder."""
+        return self._with("decoder").decode(z, *args, **options)
 
     def encode(self, x: torch.Tensor, *args: Any, **options: Any) -> Any:
         """The host's own encode, but for its encoder: what is random in it stays the host's."""

@@ -189,6 +189,19 @@ def test_the_report_says_what_failed_and_what_is_missing() -> None:
     assert "| reduce-overhead | not measured |" in text
 
 
+def test_the_report_says_what_a_restart_takes() -> None:
+    start = [
+        row("r", "sd15-512-b1", "eager", first_image_s=4.0),
+        row("r", "sd15-512-b1", "blade", first_image_s=20.0, graphs=26),
+    ]
+    assert "| loaded |" not in report.document(start)
+    again = row("r", "sd15-512-b1", "blade-restart", first_image_s=6.0, graphs_loaded=26)
+    text = report.document([*start, again])
+    none = tables.NONE
+    assert f"| blade-restart | 6.00 s | {none} | {none} | 26 | {none} |" in text
+    assert f"| blade | 20.0 s | {none} | 26 | {none} | {none} |" in text
+
+
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
