@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import enum
 import functools
-import operator
 import types
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,77 +109,20 @@ def describe_classes(module: nn.Module) -> dict[type[nn.Module], tuple[Any, ...]
     return {kind: _class(kind) for kind in set(map(type, modules_of(module)))}
 
 
-class _Seen(NamedTuple):
-    """What a class itself defined when it was described, and that description."""
-
-    members: dict[str, object]
-    functions: list[tuple[types.FunctionType, types.CodeType, Any, Any]]
-    described: tuple[Any, ...]
-    problem: str | None
-
-    def still(self, base: type) -> bool:
-        return vars(base) == self.members and all(
-            (f.__code__, f.__defaults__, f.__kwdefaults__) == (code, defaults, more)
-            for f, code, defaults, more in self.functions
-        )
-
-
-_seen: dict[type, _Seen] = {}
-_classes: dict[type, tuple[list[_Seen], tuple[Any, ...]]] = {}
-_MOST_SEEN = 1000
-"""Classes that are remembered, so that a run's start describes only what has changed."""
-
-
 def _class(kind: type[nn.Module]) -> tuple[Any, ...]:
-    bases = [_base(base) for base in kind.__mro__]
-    known = _classes.get(kind)
-    if known is not None and all(map(operator.is_, known[0], bases)):
-        return known[1]
-    members = tuple(member for base in bases for member in base.described)
-    problem = next((base.problem for base in bases if base.problem is not None), None)
-    result = (kind.__module__, kind.__qualname__, digest(members), problem)
-    if len(_classes) >= _MOST_SEEN:
-        _classes.clear()
-    _classes[kind] = bases, result
-    return result
-
-
-def _base(base: type) -> _Seen:
-    """The members that one class defines itself."""
-    seen = _seen.get(base)
-    if seen is not None and seen.still(base):
-        return seen
-    # torch's own code is covered by torch's version in the key, unless someone replaced it.
-    known = base.__module__.startswith(("torch.", "builtins"))
-    counted = {
-        name: value
-        for name, value in sorted(vars(base).items())
-        if not (name in _CLASS_INTERNALS or (known and not _is_foreign(value)))
-    }
-    described, problem = [], None
-    for name, value in counted.items():
-        try:
-            described.append((name, _member(value, f"{base.__qualname__}.{name}")))
-        except UnknownStructure as error:
-            problem = str(error)
-    functions = [
-        (function, function.__code__, function.__defaults__, function.__kwdefaults__)
-        for value in counted.values()
-        for function in _functions(value)
-    ]
-    seen = _Seen(dict(vars(base)), functions, tuple(described), problem)
-    if all(isinstance(value, _SETTLED) for value in counted.values()):
-        if len(_seen) >= _MOST_SEEN:
-            _seen.clear()
-        _seen[base] = seen
-    return seen
-
-
-_SETTLED: tuple[type, ...] = (
-    *(types.FunctionType, staticmethod, classmethod, property),
-    *(type(None), bool, int, float, str, torch.dtype),
-)
-"""Members that stay what they are as long as they are the same objects, functions' code aside."""
+    members: list[Any] = []
+    problem = None
+    for base in kind.__mro__:
+        # torch's own code is covered by torch's version in the key, unless someone replaced it.
+        known = base.__module__.startswith(("torch.", "builtins"))
+        for name, value in sorted(vars(base).items()):
+            if name in _CLASS_INTERNALS or (known and not _is_foreign(value)):
+                continue
+            try:
+                members.append((name, _member(value, f"{kind.__qualname__}.{name}")))
+            except UnknownStructure as error:
+                problem = str(error)
+    return (kind.__module__, kind.__qualname__, digest(tuple(members)), problem)
 
 
 def _functions(member: object) -> list[types.FunctionType]:
