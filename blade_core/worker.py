@@ -100,11 +100,12 @@ class _Child:
             self._is_whole() and Answer(*pickle.loads(self.content[_LENGTH.size :])).error is None
         )
 
-    def end(self) -> None:
-        """Let it end, which it does by itself."""
+    def end(self) -> int:
+        """Let it end, which it does by itself; return its process."""
         with suppress(BrokenPipeError):
             self.jobs.close()
         os.close(self.answers)
+        return self.process
 
     def _is_whole(self) -> bool:
         size = len(self.content) - _LENGTH.size
@@ -125,12 +126,14 @@ def _by_children(jobs: IO[bytes], answers: IO[bytes], most: int) -> None:
         if not ready and not children:
             return
         free: list[_Child] = []
-        done: list[_Child] = []
         for child in [child for child in children if child in ready and child.has_answered()]:
             answers.write(child.answer())
             answers.flush()
-            (free if child.may_go_on() else done).append(child)
-        children = [child for child in children if child not in done]
+            if child.may_go_on():
+                free.append(child)
+            else:
+                children.remove(child)
+                ending.append(child.end())
         while (free or len(children) < most) and _is_readable(jobs):
             job = read(jobs)
             if job is None:
@@ -139,10 +142,9 @@ def _by_children(jobs: IO[bytes], answers: IO[bytes], most: int) -> None:
                 free.append(_fork(children))
                 children.append(free[-1])
             free.pop().begin(Job(*job))
-        children = [child for child in children if child not in free]
-        for child in (*done, *free):
-            child.end()
-            ending.append(child.process)
+        for child in free:
+            children.remove(child)
+            ending.append(child.end())
 
 
 def _is_readable(stream: IO[bytes]) -> bool:

@@ -236,9 +236,9 @@ class OptimizedControlNet(OptimizedModel):
     ) -> torch.Tensor:
         assert self._run is not None
         result = block(h, emb, context, {}, None, (None, None, None), self._run, UNPATCHED)
-        strength, places = self._written or (None, {})
-        if strength is None or block.name not in places:
+        if self._written is None or block.name not in self._written[1]:
             return result
+        strength, places = self._written
         return torch.mul(result, strength, out=places[block.name])
 
     def _see(

