@@ -2,13 +2,14 @@
 
 The host makes its model anew for each run and adds the product of the factors to each weight in
 each call. Here the sums are made once a base, into a ControlNet that the host keeps like any
-other, and written again in place when the base has changed.
+other, and written again in place when the base's LoRAs have changed.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -28,18 +29,35 @@ from .control_proxy import Proxy, check_fits
 _PARTS = frozenset({"up", "down", "weight", "bias"})
 """The tensors of a layer in a file, by the host's names."""
 _HINT = "input_hint_block.0.weight"
+_UNFINISHED = object()
+"""The mark of a sum that is no one's until all of it is written."""
 
 Weights = dict[str, torch.Tensor]
 """A ControlLora's file: whole weights by name, and factors as NAME.up and NAME.down."""
 
 
-class Sum:
-    """The ControlNet that is the sum of one ControlLora and the base that was sampled last."""
+@dataclass
+class _Sum:
+    """The ControlNet that is the sum of one ControlLora and one base."""
+
+    patcher: ModelPatcher
+    dtype: torch.dtype
+    loras: Any
+    """The host's mark of the base's LoRAs that are in the sum."""
+
+
+class Sums:
+    """The sums of one ControlLora, for each base that is alive and was sampled with it."""
 
     def __init__(self, weights: Weights) -> None:
-        self.patcher: ModelPatcher | None = None
         self._weights = weights
-        self._base: tuple[Any, ...] = ()
+        self._made: weakref.WeakKeyDictionary[nn.Module, _Sum] = weakref.WeakKeyDictionary()
+
+    @property
+    def patcher(self) -> ModelPatcher | None:
+        """What the host is to load for a run; None if nobody can say before the base is known."""
+        made = list(self._made.values())
+        return made[0].patcher if len(made) == 1 else None
 
     def model(self, base: Any) -> nn.Module:
         """The sum with `base`, the host's BaseModel, which is loaded.
@@ -47,23 +65,27 @@ class Sum:
         Raises:
             ControlNetError: the file was made for another kind of model.
         """
-        form = _form(base)
-        if self.patcher is None or self._base[:2] != form[:2]:
-            model = self._build(base, form[1])
+        unet, loras = base.diffusion_model, base.current_weight_patches_uuid
+        dtype = base.manual_cast_dtype or base.get_dtype()
+        found, known = self._made.get(unet), self.patcher
+        if found is None or found.dtype != dtype:
+            model = self._build(base, dtype)
             _write(model, self._weights, base)
             device = comfy.model_management.get_torch_device()
             offload = comfy.model_management.unet_offload_device()
-            self.patcher = ModelPatcher(model, load_device=device, offload_device=offload)
+            patcher = ModelPatcher(model, load_device=device, offload_device=offload)
+            found = self._made[unet] = _Sum(patcher, dtype, loras)
+        elif found.loras != loras:
+            found.loras = _UNFINISHED
+            _write(found.patcher.model, self._weights, base)
+            found.loras = loras
+        if found.patcher is not known:
             # From now on the host counts it, and takes it off the GPU when it wants to.
             memory = comfy.model_management
             in_use = memory.loaded_models(only_currently_used=True)
-            memory.load_models_gpu([*in_use, self.patcher])
-        elif self._base != form:
-            self._base = ()  # until all is written it is no one's sum
-            _write(self.patcher.model, self._weights, base)
-        self._base = form
-        found: nn.Module = self.patcher.model
-        return found
+            memory.load_models_gpu([*in_use, found.patcher])
+        result: nn.Module = found.patcher.model
+        return result
 
     def _build(self, base: Any, dtype: torch.dtype) -> nn.Module:
         config = {k: v for k, v in base.model_config.unet_config.items() if k != "out_channels"}
@@ -71,12 +93,6 @@ class Sum:
         config |= {"dtype": dtype, "operations": comfy.ops.disable_weight_init}
         # Its weights come one by one, on the device.
         return ControlModel(**config, device="meta").requires_grad_(False).eval()
-
-
-def _form(base: Any) -> tuple[Any, ...]:
-    """Which weights a sum was made of: the UNet, the dtype that it computes in, its LoRAs."""
-    dtype = base.manual_cast_dtype or base.get_dtype()
-    return (weakref.ref(base.diffusion_model), dtype, base.current_weight_patches_uuid)
 
 
 def _write(model: nn.Module, weights: Weights, base: Any) -> None:
@@ -136,14 +152,14 @@ def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
                 yield module, name, f"{prefix}.{name}" if prefix else name
 
 
-_sums: weakref.WeakKeyDictionary[ControlLora, Sum] = weakref.WeakKeyDictionary()
-"""The sum for each ControlLora that is loaded, by the object that its loader gave."""
+_sums: weakref.WeakKeyDictionary[ControlLora, Sums] = weakref.WeakKeyDictionary()
+"""The sums of each ControlLora that is loaded, by the object that its loader gave."""
 
 
 class FusedControlLora(CompiledControlNet, ControlLora):
-    """The host's ControlLora over the sum."""
+    """The host's ControlLora over its sum with the base."""
 
-    _sum: Sum
+    _own: Sums
     _config: OptimizeConfig
     _node_id: str | None
 
@@ -151,17 +167,17 @@ class FusedControlLora(CompiledControlNet, ControlLora):
     def of(
         cls, control: ControlLora, config: OptimizeConfig, node_id: str | None
     ) -> FusedControlLora:
-        """A copy of `control`; all copies share one sum."""
+        """A copy of `control`; all copies share their sums."""
         if control not in _sums:
-            _sums[control] = Sum(control.control_weights)
+            _sums[control] = Sums(control.control_weights)
         return cls._take(control.copy(), _sums[control], config, node_id)
 
     @classmethod
     def _take(
-        cls, control: Any, total: Sum, config: OptimizeConfig, node_id: str | None
+        cls, control: Any, sums: Sums, config: OptimizeConfig, node_id: str | None
     ) -> FusedControlLora:
         control.__class__ = cls  # the host's copy() makes its own class
-        control._sum, control._config, control._node_id = total, config, node_id
+        control._own, control._config, control._node_id = sums, config, node_id
         control.control_model = None
         fused: FusedControlLora = control
         return fused
@@ -171,7 +187,7 @@ class FusedControlLora(CompiledControlNet, ControlLora):
         return int(self.control_weights[_HINT].shape[1])
 
     def copy(self) -> FusedControlLora:
-        return self._take(ControlLora.copy(self), self._sum, self._config, self._node_id)
+        return self._take(ControlLora.copy(self), self._own, self._config, self._node_id)
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         patcher = model.current_patcher
@@ -181,7 +197,7 @@ class FusedControlLora(CompiledControlNet, ControlLora):
             ControlLora.pre_run(self, model, percent_to_timestep_function)
             return
         self.manual_cast_dtype = model.manual_cast_dtype
-        self.control_model = Proxy(self._sum.model(model), self._config, self._node_id)
+        self.control_model = Proxy(self._own.model(model), self._config, self._node_id)
         super().pre_run(model, percent_to_timestep_function)
 
     def cleanup(self) -> None:
@@ -190,12 +206,13 @@ class FusedControlLora(CompiledControlNet, ControlLora):
 
     def get_models(self) -> list[Any]:
         models: list[Any] = ControlBase.get_models(self)
-        return models if self._sum.patcher is None else [*models, self._sum.patcher]
+        patcher = self._own.patcher
+        return models if patcher is None else [*models, patcher]
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
-        """Bytes: until the host counts the sum as a model, it has to leave room for it."""
+        """Bytes: where the host is not told of the sum as a model, it has to leave room for it."""
         size = 0
-        if self._sum.patcher is None:
+        if self._own.patcher is None:
             sizes = (
                 _full_size(k, v, self.control_weights) for k, v in self.control_weights.items()
             )
