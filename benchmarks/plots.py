@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row
-from benchmarks.scenarios import parse, sweep
+from benchmarks.scenarios import Scenario, parse, sweep
 from benchmarks.selection import MAIN, Selection, select
 from benchmarks.tables import TIMES, title
 
@@ -68,15 +68,19 @@ def plots(rows: Sequence[Row], scenarios: Sequence[str]) -> list[Plot]:
         Plot("host", "What a step costs the GPU and the CPU.", _drawn(host)),
     ]
     for model in ("sd15", "sdxl"):
-        batches, sizes = sweep(model)
-        chosen_grid = select(rows, [*batches, *sizes], GRID)
+        grid = sweep(model)
+        chosen_grid = select(rows, grid.all(), GRID)
         label = "SD1.5" if model == "sd15" else "SDXL"
-        native = parse(batches[0]).size
+        native = parse(grid.batches[0]).size
+        size = f"{native}{TIMES}{native}"
         panels = [
-            _line(chosen_grid, batches, f"{label}, {native}{TIMES}{native}", "batch"),
-            _line(chosen_grid, sizes, f"{label}, batch 1", "edge of the image"),
+            _line(chosen_grid, grid.batches, f"{label}, {size}", "batch", lambda s: s.batch),
+            _line(
+                chosen_grid, grid.sizes, f"{label}, batch 1", "edge of the image", lambda s: s.size
+            ),
+            _line(chosen_grid, grid.loras, f"{label}, {size}, batch 1", "LoRAs", lambda s: s.loras),
         ]
-        caption = f"{label}: a step over batch and size."
+        caption = f"{label}: a step over batch, size and number of LoRAs, as far as measured."
         found.append(Plot(f"grid-{model}", caption, _drawn(panels)))
     return [plot for plot in found if plot.panels]
 
@@ -94,15 +98,17 @@ def _by_system(scenario: str, rows: Selection, kind: str, first: str, second: st
     return Panel(title(scenario), kind, "ms", series)
 
 
-def _line(rows: Selection, scenarios: Sequence[str], heading: str, axis: str) -> Panel:
+def _line(
+    rows: Selection,
+    scenarios: Sequence[str],
+    heading: str,
+    axis: str,
+    place: Callable[[Scenario], int],
+) -> Panel:
     series = {}
     for system in GRID:
         values = [(parse(s), rows.value(s, system, "step_ms")) for s in scenarios]
-        points = [
-            (float(s.batch if axis == "batch" else s.size), float(ms))
-            for s, ms in values
-            if ms is not None
-        ]
+        points = [(float(place(s)), float(ms)) for s, ms in values if ms is not None]
         if len(points) > 1:
             series[system] = points
     return Panel(heading, "line", axis, series)

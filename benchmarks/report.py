@@ -75,8 +75,8 @@ def document(rows: Sequence[Row]) -> str:
         lines += ["", *_main(rows, scenario)]
     lines += ["", *_starts(rows), "", *_variants(rows)]
     for model, name in (("sd15", "SD1.5"), ("sdxl", "SDXL")):
-        lines += ["", f"## Batches and sizes, {name}", *pictures.get(f"grid-{model}", [])]
-        scenarios = list(dict.fromkeys(s for part in sweep(model) for s in part))
+        lines += ["", f"## Batches, sizes and LoRAs, {name}", *pictures.get(f"grid-{model}", [])]
+        scenarios = sweep(model).all()
         chosen = select(rows, scenarios, plots.GRID)
         lines += ["", *tables.steps(chosen, scenarios, chosen.systems(plots.GRID))]
         lines += _source(chosen)

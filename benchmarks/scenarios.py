@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 DEFAULT_STEPS = 20
 _IMAGE = re.compile(r"(sd15|sdxl)-(\d+)-b(\d+)(?:-s(\d+))?(?:-cn(\d+))?(?:-lora(\d+))?")
@@ -103,12 +104,26 @@ def _group(name: str) -> list[str]:
     return _GROUPS.get(name, [name])
 
 
-def sweep(model: str) -> tuple[list[str], list[str]]:
-    """The grid of a model: batches at its own size, and sizes at batch 1."""
-    native = _NATIVE[model]
-    sizes = (512, 768, 1024) if model == "sd15" else (768, 1024, 1536)
-    batches = [f"{model}-{native}-b{batch}" for batch in (1, 2, 4, 8)]
-    return batches, [f"{model}-{size}-b1" for size in sizes]
+class Sweep(NamedTuple):
+    """How a model's step grows, each with all else as usual."""
+
+    batches: list[str]
+    sizes: list[str]
+    loras: list[str]
+
+    def all(self) -> list[str]:
+        """Each once."""
+        return list(dict.fromkeys(name for part in self for name in part))
+
+
+def sweep(model: str) -> Sweep:
+    """The grid of a model: batches at its own size; sizes, and numbers of LoRAs, at batch 1."""
+    usual = f"{model}-{_NATIVE[model]}-b1"
+    return Sweep(
+        [usual.replace("-b1", f"-b{batch}") for batch in (1, 2, 4, 8, 16)],
+        [f"{model}-{size}-b1" for size in (512, 768, 1024, 1536, 2048)],
+        [usual, *(f"{usual}-lora{count}" for count in (1, 2, 4, 8))],
+    )
 
 
 def _switches(model: str) -> list[str]:
@@ -118,8 +133,8 @@ def _switches(model: str) -> list[str]:
 
 _GROUPS = {
     "main": ["sd15-512-b1", "sdxl-1024-b1"],
-    "grid-sd15": [name for part in sweep("sd15") for name in part],
-    "grid-sdxl": [name for part in sweep("sdxl") for name in part],
+    "grid-sd15": sweep("sd15").all(),
+    "grid-sdxl": sweep("sdxl").all(),
     "switches-sd15": _switches("sd15"),
     "switches-sdxl": _switches("sdxl"),
     "switches": [*_switches("sd15"), *_switches("sdxl")],

@@ -32,7 +32,7 @@ def title(scenario: str) -> str:
     if found.controlnets:
         words.append(f"{found.controlnets} ControlNet{'s' * (found.controlnets > 1)}")
     if found.loras:
-        words.append(f"{found.loras} LoRAs")
+        words.append(f"{found.loras} LoRA{'s' * (found.loras > 1)}")
     return ", ".join(words)
 
 

@@ -48,7 +48,7 @@ def test_groups_are_the_scenarios_that_the_tables_show() -> None:
     table = [s.name for s in expand("table-sd15-512-b1")]
     assert len(table) == 9
     assert {"sd15-512-b1-s20", "sd15-512-b1-s100-cn1", "sd15-512-b1-s50-lora2"} <= set(table)
-    assert len(expand("grid-sd15,grid-sdxl,switches,vae")) == 6 + 6 + 10 + 4
+    assert len(expand("grid-sd15,grid-sdxl,switches,vae")) == 13 + 13 + 10 + 4
 
 
 def test_a_tiny_scenario_has_a_tiny_model() -> None:
@@ -291,6 +291,8 @@ def test_a_plot_is_drawn_the_same_twice(tmp_path: Path) -> None:
     ]
     wanted = plots.plots(found, ["sd15-512-b1"])
     assert [plot.name for plot in wanted] == ["step", "host", "grid-sd15"]
+    places = [[x for x, _ in panel.series["blade"]] for panel in wanted[2].panels]
+    assert places == [[1, 2, 4, 8, 16], [512, 768, 1024, 1536, 2048], [0, 1, 2, 4, 8]]
     for plot in wanted:
         first = plots.draw(plot, tmp_path).read_bytes()
         assert plots.draw(plot, tmp_path).read_bytes() == first
