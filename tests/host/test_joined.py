@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.sd
 import comfy.utils
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_checkpoints_are_saved_and_loaded(model: Any, tmp_path: Path) -> None:
     unet = model.model.diffusion_model
     join_weights(attentions_of(unet), CPU)
     file = str(tmp_path / "model.safetensors")
-    comfy.utils.save_torch_file(model.model.state_dict_for_saving(), file)
+    comfy.sd.save_checkpoint(file, model)
     read = comfy.utils.load_torch_file(file)
     name = next(name for name in read if name.endswith("attn1.to_k.weight"))
     saved = name.removeprefix("model.diffusion_model.")

@@ -35,7 +35,8 @@ def test_images_come_while_graphs_are_compiled_elsewhere(
             return run
 
         first = sampled(3000)
-        assert first.counted["graphs_compiled"] == first.counted["blocks_compiled"] == 0
+        # Who waits for graphs runs no block as stock. A small one may be there before the last step.
+        assert first.counted["blocks_eager"] > 0
         assert "its graphs are being compiled" in first.text("BladeReport")
         # Not until all are there: they give way to whatever else runs on this machine.
         end = time.monotonic() + PATIENCE
