@@ -35,7 +35,7 @@ def test_images_come_while_graphs_are_compiled_elsewhere(
             return run
 
         first = sampled(3000)
-        # Who waits for graphs runs no block as stock. A small one may be there before the last step.
+        # Who waits for graphs runs no block as stock. A small one may be there before the end.
         assert first.counted["blocks_eager"] > 0
         assert "its graphs are being compiled" in first.text("BladeReport")
         # Not until all are there: they give way to whatever else runs on this machine.
