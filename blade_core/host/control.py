@@ -184,8 +184,7 @@ class OptimizedControlNet(OptimizedModel):
     ) -> torch.Tensor:
         """Run `call` over other tensors, launch by launch; its residuals as one tensor, laid out
         as others of the same shapes are if their `forms` are given."""
-        rest = iter(tensors)
-        residuals = self._launch(call, [None if t is None else next(rest) for t in call.given])
+        residuals = self._launch_over(call, tensors)
         self._forms[call.signature] = _forms(residuals)
         return _pack(residuals, forms or self._forms[call.signature])
 
@@ -199,19 +198,23 @@ class OptimizedControlNet(OptimizedModel):
     ) -> None:
         """Run `call` over other tensors, launch by launch, and write each of its residuals, times
         `strength`, to its place in `packed` as soon as it is there."""
-        rest = iter(tensors)
         residuals = unpack(packed, forms)
         places = {f"zero_convs.{i}": place for i, place in enumerate(residuals["output"])}
         places["middle_block_out"] = residuals["middle"][0]
         self._written = (strength, places)
         try:
-            self._launch(call, [None if t is None else next(rest) for t in call.given])
+            self._launch_over(call, tensors)
         finally:
             self._written = None
 
     def forms(self, call: Call) -> list[Form]:
         """What is in the packed residuals of such calls, once there was one."""
         return self._forms[call.signature]
+
+    def _launch_over(self, call: Call, tensors: Sequence[torch.Tensor]) -> Residuals:
+        """Launch `call` with other tensors in the place of `call.tensors`."""
+        rest = iter(tensors)
+        return self._launch(call, [None if t is None else next(rest) for t in call.given])
 
     def _launch(self, call: Call, given: Sequence[torch.Tensor | None]) -> Residuals:
         """Let the host run the call over the holders, with the image's features for the image."""
