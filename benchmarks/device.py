@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from benchmarks.kinds import KINDS, kind_of
 
@@ -78,19 +78,25 @@ def _gib(count: int) -> float:
 
 
 class Trace(AbstractContextManager["Trace"]):
-    """What the profiler sees of the device; of the CPU's operators where the CPU is it."""
+    """What the profiler sees of the device; of the CPU's operators where the CPU is it.
+
+    The profiler gets ready when this is made, so that what is traced follows at once on work that
+    brought the device to the clock at which it runs for long.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         cuda = device.type == "cuda"
         self._kind = DeviceType.CUDA if cuda else DeviceType.CPU
         self._profile = profile(
-            activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
+            activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU],
+            schedule=schedule(wait=0, warmup=1, active=1),
         )
+        self._profile.start()
 
     def __enter__(self) -> "Trace":
         synchronize(self._device)
-        self._profile.start()
+        self._profile.step()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -115,7 +115,9 @@ class Bench:
         }
 
         def traced() -> Row:
-            with Trace(self.device) as trace:
+            trace = Trace(self.device)
+            decode()
+            with trace:
                 decode()
             return trace.per_step(1)
 
