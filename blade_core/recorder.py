@@ -138,7 +138,7 @@ class Aside:
 
     def __init__(self, device: torch.device) -> None:
         self._main = torch.cuda.current_stream(device)
-        self._side = torch.cuda.Stream(device)
+        self._side = torch.cuda.Stream(device, priority=-1)  # others will wait for it
         self._context: Any = None
         self._joined = False
 

@@ -11,7 +11,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -132,7 +132,7 @@ class InductorBackend:
             return build(trace())
 
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
-        from torch._inductor import CompiledArtifact
+        from torch._inductor import CompiledArtifact, config
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         for operator in OPAQUE:
@@ -142,7 +142,12 @@ class InductorBackend:
             path = os.path.join(folder, "graph")
             with open(path, "wb") as file:
                 file.write(artifact)
-            return _function(CompiledArtifact.load(path=path), frozen=request.frozen)
+            # A GPU's kernels are in it. Torch would get a pool of processes ready to compile them
+            # all the same, and while those import it, work of the host's on the CPU stands still.
+            no_pool = request.device.type == "cuda"
+            with config.patch(compile_threads=1) if no_pool else nullcontext():
+                loaded = CompiledArtifact.load(path=path)
+            return _function(loaded, frozen=request.frozen)
 
 
 def _check_private(folder: Path) -> None:

@@ -67,6 +67,8 @@ class OptimizedUNet(OptimizedModel):
                 optimized = UNetBlock(name, (short, index), block)
                 self.blocks.append(optimized)
                 held.append(openaimodel.TimestepEmbedSequential(Holder(optimized)))
+            if container != "output_blocks":
+                self._encodes_last = optimized  # there are UNets without a middle block
             holders[container] = held[0] if single else nn.ModuleList(held)
         last = OutBlock(_OUT, getattr(model, _OUT))
         self.blocks.append(last)
@@ -171,9 +173,10 @@ class OptimizedUNet(OptimizedModel):
         # num_video_frames, image_only_indicator).
         assert self._run is not None
         block: UNetBlock = holder.optimized  # type: ignore[assignment]
-        if block.block_id[0] != "input":
+        result = block(h, emb, context, options, output_shape, video, self._run, self._patched)
+        if block is self._encodes_last:
             self._join()  # from here on the host adds what ControlNets gave
-        return block(h, emb, context, options, output_shape, video, self._run, self._patched)
+        return result
 
     def _run_out(self, block: OutBlock, h: torch.Tensor) -> torch.Tensor:
         assert self._run is not None

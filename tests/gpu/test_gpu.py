@@ -1,12 +1,14 @@
 """What only a GPU shows: fp16 on tensor cores, offloaded weights, memory that comes back."""
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
 import pytest
 import torch
 from blade_tests.host.tiny import SD15, conditioning, make_model, relative_rms, sample
+from torch._inductor.async_compile import AsyncCompile, CompiledTritonKernels
 
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.host.model import Session, optimize_model
@@ -95,6 +97,26 @@ def test_offloaded_weights_use_the_same_graphs(
         assert relative_rms(_run(optimized), stock) <= BOUND
     assert model.model.model_lowvram
     assert any(p.device.type == "cpu" for p in model.model.diffusion_model.parameters())
+
+
+def test_loading_needs_no_pool_of_compilers(
+    session: Session, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored graphs hold their kernels: torch's processes would only take the host's cores."""
+    stock = _run(model)
+    _run(optimize_model(model, STRICT))
+    session.engine.cache.clear()
+    CompiledTritonKernels.cache_clear()
+
+    def start() -> None:
+        raise AssertionError("torch was made to get its compile processes ready")
+
+    monkeypatch.setattr(AsyncCompile, "process_pool", staticmethod(start))
+    monkeypatch.setattr(AsyncCompile, "_ready_future", None)
+    launched = optimize_model(model, replace(STRICT, capture=False))
+    with session.engine.counters.expect(graphs_compiled=0):
+        assert relative_rms(_run(launched), stock) <= BOUND
+    assert session.engine.counters["graphs_loaded"] > 0
 
 
 def test_memory_comes_back(session: Session) -> None:
