@@ -181,7 +181,7 @@ def _source(rows: Selection) -> list[str]:
     versions = [f"torch {row['torch']}"]
     versions += [f"triton {row['triton']}"] if row.get("triton") else []
     versions += [f"Python {row['python']}"] if row.get("python") else []
-    versions += [f"ComfyUI {row['comfyui']}", f"commit {row['commit']}"]
+    versions += [f"ComfyUI {row['comfyui']}", f"commit {str(row['commit'])[:7]}"]
     peak = row.get("matrix_peak_tflops")
     rate = f", best fp16 matrix product {peak:.0f} TFLOP/s" if peak else ""
     copy = row.get("copy_gb_s")

@@ -34,17 +34,18 @@ class Selection:
 
 
 def select(rows: Sequence[Row], scenarios: Sequence[str], systems: Sequence[str]) -> Selection:
-    """The run that measured most of these scenarios, and of those runs most systems; the newest
-    among equals."""
+    """The run that measured most of these scenarios with Blade, of those runs most scenarios, and
+    of those most systems; the newest among equals."""
     runs: dict[str, list[Row]] = {}
     for row in rows:  # oldest first
         if row["scenario"] in scenarios and not row.get("dry_run"):
             runs.setdefault(row["run"], []).append(row)
-    best, most = Selection(), (1, 1)
+    best, most = Selection(), (0, 1, 1)
     for found in runs.values():
         pairs = {(r["scenario"], r["system"]) for r in found if r["error"] is None}
         pairs = {pair for pair in pairs if pair[1] in systems}
-        count = len({scenario for scenario, _ in pairs}), len(pairs)
+        ours = sum(system == "blade" for _, system in pairs)
+        count = ours, len({scenario for scenario, _ in pairs}), len(pairs)
         if count >= most:
             best, most = Selection(tuple(found)), count
     return best

@@ -175,6 +175,17 @@ def test_a_table_shows_one_run_the_newest_of_the_most_complete() -> None:
     assert chosen.systems(["eager", "blade"]) == ["eager", "blade"]
 
 
+def test_a_run_without_blade_says_less_than_one_with_it() -> None:
+    scenarios = ["sd15-512-b1", "sd15-512-b2"]
+    found = [
+        row("with", "sd15-512-b1", "eager"),
+        row("with", "sd15-512-b1", "blade"),
+        *[row("without", scenario, "eager") for scenario in scenarios],
+    ]
+    assert {r["run"] for r in select(found, scenarios, ["eager", "blade"]).rows} == {"with"}
+    assert {r["run"] for r in select(found[2:], scenarios, ["eager"]).rows} == {"without"}
+
+
 def test_the_report_says_what_failed_and_what_is_missing() -> None:
     found = [
         row("r", "sd15-512-b1", "eager", step_ms=8.0),
