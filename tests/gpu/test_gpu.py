@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -11,6 +12,7 @@ from blade_tests.host.tiny import SD15, conditioning, make_model, relative_rms, 
 from torch._inductor.async_compile import AsyncCompile, CompiledTritonKernels
 
 from blade.blade_core.config import OptimizeConfig
+from blade.blade_core.engine import Engine
 from blade.blade_core.host.model import Session, optimize_model
 from blade.blade_core.kernels.joint_linear import as_one
 
@@ -100,9 +102,10 @@ def test_offloaded_weights_use_the_same_graphs(
 
 
 def test_loading_needs_no_pool_of_compilers(
-    session: Session, model: Any, monkeypatch: pytest.MonkeyPatch
+    session: Session, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stored graphs hold their kernels: torch's processes would only take the host's cores."""
+    session.engine = Engine(store=(tmp_path, 2**30))
     stock = _run(model)
     _run(optimize_model(model, STRICT))
     session.engine.cache.clear()
