@@ -78,9 +78,10 @@ def _gib(count: int) -> float:
 
 
 class Trace(AbstractContextManager["Trace"]):
-    """What the profiler sees of the device; of the CPU's operators where the CPU is it.
+    """What the profiler sees of the device between two marks; of the CPU's operators where the CPU
+    is it.
 
-    The profiler gets ready when this is made, so that what is traced follows at once on work that
+    The profiler is ready from the start, so that what is traced follows at once on work that
     brought the device to the clock at which it runs for long.
     """
 
@@ -90,24 +91,30 @@ class Trace(AbstractContextManager["Trace"]):
         self._kind = DeviceType.CUDA if cuda else DeviceType.CPU
         self._profile = profile(
             activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU],
-            schedule=schedule(wait=0, warmup=1, active=1),
+            schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
         )
-        self._profile.start()
 
     def __enter__(self) -> "Trace":
-        synchronize(self._device)
-        self._profile.step()
+        self._profile.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def mark(self) -> None:
+        """Begin what is traced; the second time, end it."""
         synchronize(self._device)
+        self._profile.step()
+
+    def __exit__(self, *_: object) -> None:
         self._profile.stop()
 
     def per_step(self, steps: int) -> dict[str, Any]:
         """The row's fields from the profiler, of a trace that holds `steps` steps."""
         assert self._profile.profiler is not None and self._profile.profiler.kineto_results
         events = self._profile.profiler.kineto_results.events()
-        device = [event for event in events if event.device_type() == self._kind]
+        device = [
+            event
+            for event in events
+            if event.device_type() == self._kind and not event.name().startswith("ProfilerStep")
+        ]
         spans = [(event.start_ns(), event.start_ns() + event.duration_ns()) for event in device]
         busy, whole = _covered(spans), max(e for _, e in spans) - min(s for s, _ in spans)
         by_kind = dict.fromkeys(KINDS, 0)

@@ -115,10 +115,11 @@ class Bench:
         }
 
         def traced() -> Row:
-            trace = Trace(self.device)
-            decode()
-            with trace:
+            with Trace(self.device) as trace:
                 decode()
+                trace.mark()
+                decode()
+                trace.mark()
             return trace.per_step(1)
 
         _also(row, lambda: {"tflop_per_step": tflop_per_step(scenario)})

@@ -111,15 +111,8 @@ class Runner:
         """
         steps = min(_TRACED_RUN, self.scenario.steps)
         first = max(2, steps - _TRACED_STEPS)
-        trace = Trace(self.device)
-
-        def bound(done: int) -> None:
-            if done == first:
-                trace.__enter__()
-            elif done == steps:
-                trace.__exit__()
-
-        self(steps, bound)
+        with Trace(self.device) as trace:
+            self(steps, lambda done: trace.mark() if done in (first, steps) else None)
         return trace.per_step(steps - first)
 
     def host_ms(self) -> float:
