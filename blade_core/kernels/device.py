@@ -17,3 +17,12 @@ def is_hopper(tensor: torch.Tensor) -> bool:
 @lru_cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """How many programs run at once, at one on each multiprocessor. Where a test runs a kernel on
+    the CPU, so few that one does several tiles."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count

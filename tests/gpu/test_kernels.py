@@ -171,7 +171,10 @@ def test_nan_in_flash_attention_stays_in_its_head() -> None:
 @ON_HOPPER
 @pytest.mark.parametrize(
     ("rows", "depth", "width"),
-    [(8192, 320, 1280), (2048, 640, 2560), (2048, 1280, 5120), (1950, 640, 2560), (1025, 64, 128)],
+    [
+        *((8192, 320, 1280), (2048, 640, 2560), (2048, 1280, 5120), (512, 1280, 5120)),
+        *((1950, 640, 2560), (2100, 1280, 5120), (1025, 64, 128)),
+    ],
 )
 def test_geglu(rows: int, depth: int, width: int) -> None:
     for dtype in BOUND:

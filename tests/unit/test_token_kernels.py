@@ -76,8 +76,13 @@ def layer(rows: int = 2048, depth: int = 640, width: int = 2560, **options: Any)
     )
 
 
+def test_a_large_tile_only_where_there_is_much_to_read() -> None:
+    sizes = [(512, 1280), (8192, 640), (65536, 320), (1024, 1280), (2048, 1280), (8192, 1280)]
+    assert [geglu.tile(*size) == geglu._LARGE for size in sizes] == [False] * 4 + [True] * 2
+
+
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("rows", [1024, 1025, 8192])
+@pytest.mark.parametrize("rows", [512, 1025, 8192])
 def test_the_gated_layer_is_usable(rows: int, dtype: torch.dtype) -> None:
     assert geglu.usable(*layer(rows, dtype=dtype))
 
@@ -88,7 +93,7 @@ def test_the_gated_layer_is_usable(rows: int, dtype: torch.dtype) -> None:
         "cpu": tuple(t.as_subclass(torch.Tensor) for t in layer()),
         "fp32": layer(dtype=torch.float32),
         "mixed": (*layer()[:2], on_gpu(5120, dtype=torch.bfloat16)),
-        "few rows": layer(512),
+        "few rows": layer(511),
         "odd depth": layer(depth=96),
         "odd width": layer(width=100),
         "off the grid": layer(offset=1),
@@ -191,7 +196,9 @@ knows_ranges = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 for rows, columns in ((256, 128), (300, 256)) if knows_ranges else ():
     x, weight = torch.randn(rows, 64).half(), (torch.randn(2 * columns, 64) / 8).half()
     given = (x, weight, torch.randn(2 * columns).half())
-    close(geglu.run(*given), geglu.reference(*(t.double() for t in given)))
+    for part in (geglu._SMALL, geglu._LARGE):
+        geglu.tile = lambda *_: part
+        close(geglu.run(*given), geglu.reference(*(t.double() for t in given)))
 
 for width in (1032, 1280, 2560):
     x, term = (torch.randn(2, 3, width) + 30).half(), torch.randn(2, 3, width).half()
