@@ -102,6 +102,10 @@ class CapturePool:
         """Collect what waits for the device inside the block: it cannot be recorded."""
         return self._budget.recorder.waits()
 
+    def wait(self, device: torch.device) -> None:
+        """Until the device has done what it was given so far."""
+        self._budget.recorder.wait(device)
+
     def get(self, key: Hashable) -> Capture | None:
         capture = self._captures.get(key)
         if capture is not None:

@@ -24,6 +24,7 @@ NAMES = (
     "control_runs",  # of these, runs of an optimized ControlNet; a model twice in a chain is one
     "control_replays",  # ControlNet calls that were one replay
     "vae_runs",  # decodes and encodes through an optimized VAE; each tile is one
+    "vae_replays",  # images or tiles that were one replay
     "hint_embeddings",  # control images that a ControlNet took up
 )
 

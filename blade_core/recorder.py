@@ -36,6 +36,11 @@ class Recorder(Protocol):
         """Collect what waits for the device inside the block."""
         ...
 
+    @staticmethod
+    def wait(device: torch.device) -> None:
+        """Until the device has done what it was given so far."""
+        ...
+
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Call `function` and return what does the same device work again."""
         ...
@@ -86,6 +91,10 @@ class CudaRecorder:
                 warnings.warn_explicit(
                     warning.message, warning.category, warning.filename, warning.lineno
                 )
+
+    @staticmethod
+    def wait(device: torch.device) -> None:
+        torch.cuda.current_stream(device).synchronize()
 
     def used_bytes(self) -> int:
         free, total = torch.cuda.mem_get_info(self._device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,8 +33,7 @@ _MODELS = (AutoencoderKL, AutoencodingEngine, AutoencodingEngineLegacy)
 def optimize_vae(vae: Any, config: OptimizeConfig, *, node_id: str | None = None) -> Any:
     """Return a copy of `vae` whose layers run compiled, or `vae` itself with a message.
 
-    An earlier Blade node's settings are replaced. Nothing is captured as a CUDA graph: a decode
-    is few, long kernels, and its buffers are gigabytes.
+    An earlier Blade node's settings are replaced.
 
     Raises:
         BackendUnavailable: `on_failure` is `error` and the backend cannot run here.
@@ -47,7 +45,6 @@ def optimize_vae(vae: Any, config: OptimizeConfig, *, node_id: str | None = None
         logger.info(message)
         say(message, node_id)
         return vae
-    config = replace(config, capture=False)
     if config.strict:
         host.session().engine.backends(config, vae.device)
     stock = (vae.first_stage_model, vae.patcher)

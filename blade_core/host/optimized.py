@@ -53,6 +53,8 @@ class OptimizedModel:
     """Names of the counters of its runs and of its replays."""
     rearranges: ClassVar[bool] = True
     """Whether convolution weights are channels-last for a run; else graphs rearrange them."""
+    one_call: ClassVar[bool] = False
+    """Whether a run is a call or few, so that what they tell of captures is kept over runs."""
 
     def __init__(
         self, model: nn.Module, engine: Engine, budget: CaptureBudget, config: OptimizeConfig
@@ -126,15 +128,23 @@ class OptimizedModel:
             return result
         captured = Work(
             work,
-            lambda: next((run.cut for run in runs if run.cut is not None), None),
+            lambda: next((run.cut for run in runs if run.cut is not None), self._pays_not()),
             lambda: [model._graphs_in_use() for model in models],
-            lambda: any(run.pending for run in runs),
+            lambda: any(run.pending for run in runs) or self._tells_nothing(),
         )
         result = replayer(signature, captured, tensors)
         if within and self._pool.get(signature) is not None:
             for model in within:
                 model._elsewhere.append((weakref.ref(self._pool), signature))
         return result
+
+    def _pays_not(self) -> str | None:
+        """Asked after a call that was launched: why recording such calls would gain nothing."""
+        return None
+
+    def _tells_nothing(self) -> bool:
+        """Asked then, too: whether that call was not like those to come."""
+        return False
 
     def end(self) -> None:
         """End of a run: give the weights back as they were, let go of everything per run."""
@@ -225,14 +235,19 @@ class OptimizedModel:
         outer = outer_modules(model, self.inside)
         self._watch.start(slots + parameter_slots(outer))
         self._replays = 0
-        self._replayer = self._outside = None
+        known, self._replayer = self._replayer, None
+        self._outside = None
         self._projections.begin([p for block in self.blocks for p in block.projections()])
         if self.config.capture and self._pool.usable(x.device):
             self._outside = not_capturable(outer, x.device)
-            self._replayer = Replayer(self._pool, strict=self.config.strict)
+            fresh = known is None or not self.one_call
+            self._replayer = self._new_replayer() if fresh else known
         self._keep_captures(x.device, run, self._describe_outer(model))
         self._run = run
         self._engine.counters.add(self.counters[0])
+
+    def _new_replayer(self) -> Replayer:
+        return Replayer(self._pool, strict=self.config.strict)
 
     def _is_pending(self) -> bool:
         return self._run is not None and self._run.pending
@@ -266,6 +281,8 @@ class OptimizedModel:
         if baked != self._captured_with:
             self._state = next(_states)
             self.drop_captures()
+            if self._replayer is not None:
+                self._replayer = self._new_replayer()
             self._captured_with = baked
             drop = partial(_drop, self._pool, self._projections, self._elsewhere)
             self._guard = when_freed(self._watch.first, drop)

@@ -3,16 +3,21 @@
 The host's own forward runs over a shadow, in which each layer is a holder. The module that came
 in, which stock VAEs share, is never touched. A run is one call, image by image: no batch size
 needs graphs of its own, and no more memory than one image takes.
+
+Images so small that the GPU waits for each launch are captured. A capture holds the memory that
+a decode takes, so larger ones are not: launching them costs no time.
 """
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from comfy.ldm.modules.diffusionmodules import model as host
 from comfy.ldm.modules.diffusionmodules.model import Decoder, Encoder
 from torch import nn
 
@@ -29,12 +34,25 @@ CODERS = (Encoder, Decoder)
 
 _HOST_FORWARDS = {kind: kind.forward for kind in CODERS}
 
+_SHARE = 0.25
+"""Of the time that launching takes: if the GPU has no more left to do then, it has waited."""
+
+
+class _Launched(NamedTuple):
+    """How the last image was launched."""
+
+    device: torch.device
+    seconds: float
+    missed: bool
+    """Whether graphs had to be compiled or loaded."""
+
 
 class OptimizedVAE(OptimizedModel):
     """The Encoder or the Decoder of a VAE."""
 
     inside = ("conv_in", "down", "mid", "up", "norm_out", "conv_out")
-    counters = ("vae_runs", "replays")  # nothing is captured: there are few kernels, large ones
+    counters = ("vae_runs", "vae_replays")
+    one_call = True
     # Each weight is read once in a run: graphs rearrange it faster than a run can there and back.
     rearranges = False
 
@@ -43,6 +61,7 @@ class OptimizedVAE(OptimizedModel):
     ) -> None:
         super().__init__(model, engine, budget, config)
         self.name = f"VAE {self.name.lower()}"
+        self._launched = _Launched(torch.device("cpu"), 0.0, False)
 
     def _hold(self, model: nn.Module) -> dict[str, nn.Module]:
         self.blocks = []
@@ -80,12 +99,45 @@ class OptimizedVAE(OptimizedModel):
                 self._refuse(reason)
             elif self._ready(coder, x, progress, freeze) is not None:
                 try:
-                    return _one_by_one(shadow(coder, self._holders), x)
+                    images = [self._image(coder, image) for image in x.split(1)]
+                    return torch.cat(images)
                 finally:
                     self._progress.finish(self._is_pending())
                     self.end()
         result: torch.Tensor = coder(x, **options)
         return result
+
+    def _image(self, coder: nn.Module, image: torch.Tensor) -> torch.Tensor:
+        """What `coder` makes of one image, laid out as stock's result is."""
+        assert self._run is not None
+        if self._replayer is not None and self._pool.usable(image.device):
+            signature = (image.shape, image.dtype, *_baked(coder))
+            result = self._as_one(signature, [image], None, partial(self._launch, coder))
+            if result is not None:
+                return result
+        self._run.pieces = None  # blocks one by one would hold as much memory as all together
+        return self._launch(coder, [image])
+
+    def _launch(self, coder: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Let the host run the one image over the holders."""
+        counters = self._engine.counters
+        found, start = counters["cache_misses"], time.perf_counter()
+        result: torch.Tensor = shadow(coder, self._holders)(images[0]).contiguous()
+        seconds, missed = time.perf_counter() - start, counters["cache_misses"] != found
+        self._launched = _Launched(images[0].device, seconds, missed)
+        return result
+
+    def _pays_not(self) -> str | None:
+        """The host waits for the result, too, so that waiting here costs nothing."""
+        start = time.perf_counter()
+        self._pool.wait(self._launched.device)
+        waited = time.perf_counter() - start
+        if waited > _SHARE * self._launched.seconds:
+            return "launching an image of this size takes the CPU less time than the GPU needs"
+        return None
+
+    def _tells_nothing(self) -> bool:
+        return self._launched.missed
 
     def _run_layer(
         self, block: VAELayer, h: torch.Tensor, *others: Any, **more: Any
@@ -103,9 +155,12 @@ def _layers(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
             yield f"{path}{name}", child
 
 
-def _one_by_one(coder: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What `coder` makes of a batch, image by image; laid out as stock's result is."""
-    return torch.cat([coder(image).contiguous() for image in x.split(1)])
+def _baked(coder: nn.Module) -> Iterator[Any]:
+    """What the host's forward goes by, besides its layers."""
+    yield getattr(host, "nonlinearity", None)
+    for name, value in vars(coder).items():
+        if isinstance(value, bool | int | float | str):
+            yield name, value
 
 
 def _foreign_code(coder: nn.Module) -> str | None:
