@@ -100,8 +100,9 @@ def _captures(model: dict[str, Any]) -> list[str]:
     lines = []
     if model["captures"]:
         lines.append(
-            f"- CUDA graphs {model['captures']} ({model['capture_mib']:.0f} MiB), whole steps "
-            f"replayed in the last run {model['replays']}"
+            f"- CUDA graphs {model['captures']} ({model['capture_mib']:.0f} MiB), whole "
+            f"{'images' if model['model'].startswith('VAE ') else 'steps'} replayed in the last run "
+            f"{model['replays']}"
         )
     elif model["replays"]:  # a ControlNet's
         lines.append(

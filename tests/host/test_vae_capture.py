@@ -27,6 +27,7 @@ from comfy.ldm.modules.diffusionmodules import model as host
 from blade.blade_core.capture import CaptureBudget
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.host.model import Session, optimize_model
+from blade.blade_core.report import as_text
 
 pytestmark = pytest.mark.parametrize("session", ["captured"], indirect=True)
 
@@ -57,6 +58,7 @@ def test_from_the_third_image_on(session: Session, vae: Any, use: Callable[..., 
         assert_as_stock(vae, ours, use(seed=3), use(seed=4))
     with counters.expect(captures=0, vae_replays=3):
         assert_as_stock(vae, ours, use(batch=3, seed=5))
+    assert "(1 MiB), whole images replayed in the last run 3" in as_text(session.stats())
 
 
 def test_a_batch_of_a_new_size(session: Session, vae: Any) -> None:
