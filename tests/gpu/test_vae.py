@@ -60,7 +60,7 @@ def test_the_same_image_in_one_life(session: Session, dtype: torch.dtype) -> Non
         (image,) = as_stock(other, optimized(other, STRICT), decode(size=(64, 64)))
         as_stock(vae, ours, decode(size=(64, 64)), decode(size=(48, 40)))
     assert relative_rms(image, used(vae, decode(size=(64, 64)))) > 0.05
-    assert counters["captures"] == counters["blocks_eager"] == 0
+    assert counters["blocks_eager"] == 0
 
 
 def test_tiles(session: Session) -> None:
