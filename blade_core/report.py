@@ -99,10 +99,10 @@ def _model(model: dict[str, Any]) -> list[str]:
 def _captures(model: dict[str, Any]) -> list[str]:
     lines = []
     if model["captures"]:
+        whole = "images" if model["model"].startswith("VAE ") else "steps"
         lines.append(
-            f"- CUDA graphs {model['captures']} ({model['capture_mib']:.0f} MiB), whole "
-            f"{'images' if model['model'].startswith('VAE ') else 'steps'} replayed in the last run "
-            f"{model['replays']}"
+            f"- CUDA graphs {model['captures']} ({model['capture_mib']:.0f} MiB), whole {whole} "
+            f"replayed in the last run {model['replays']}"
         )
     elif model["replays"]:  # a ControlNet's
         lines.append(

@@ -47,6 +47,7 @@ def optimize_vae(vae: Any, config: OptimizeConfig, *, node_id: str | None = None
         return vae
     if config.strict:
         host.session().engine.backends(config, vae.device)
+    host.session().engine.expect(config, vae.device)
     stock = (vae.first_stage_model, vae.patcher)
     model, patcher = non_dynamic_vae(vae)
     result = copy.copy(vae)

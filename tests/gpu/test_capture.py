@@ -9,6 +9,8 @@ import pytest
 import torch
 from blade_tests.host.tiny import SD15, conditioning, make_model, relative_rms, sample
 from comfy.patcher_extension import WrappersMP
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from blade.blade_core.capture import CaptureBudget
 from blade.blade_core.config import OptimizeConfig
@@ -168,6 +170,25 @@ def test_work_that_waits_is_found_before_it_is_recorded(session: Session) -> Non
     with session.engine.counters.expect(captures=10):  # the blocks, one by one
         assert relative_rms(run(optimize_model(model, STRICT), size=(32, 32)), expected) <= BOUND
     assert "waits for the GPU" in str(session.stats()["models"])
+
+
+def test_a_recording_launches_nothing_on_a_stream_of_its_own() -> None:
+    """Eight kernels there, and every graph of the process is slower from then on."""
+    x = torch.ones(2**16, device="cuda").mul_(1.0)
+
+    def work() -> None:
+        x.mul_(2.0)
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(3):
+            replay = CudaRecorder(x.device).record(work)
+            replay()
+        torch.cuda.synchronize()
+    assert float(x[0]) == 8.0
+    assert trace.profiler is not None and trace.profiler.kineto_results is not None
+    events = trace.profiler.kineto_results.events()
+    streams = [e.device_resource_id() for e in events if e.device_type() == DeviceType.CUDA]
+    assert len(streams) > 3 and len(set(streams)) == 1
 
 
 def test_a_change_of_loras_keeps_the_captures(session: Session) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from blade_tests.unit.samples import CPU
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blade.blade_core import recorder
 from blade.blade_core.backends.inductor import plain_addresses
@@ -126,6 +127,8 @@ class Cuda:
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.streams = ["main"]
+        self.seeded_on: list[str] = []
         self.valid = True
         self.is_async = False
 
@@ -134,12 +137,18 @@ class Cuda:
 
     def graph(self) -> Any:
         return SimpleNamespace(
-            capture_begin=lambda **options: self.log.append(
-                f"begin {options['pool']} {options['capture_error_mode']}"
-            ),
-            capture_end=self.end,
-            replay=self.say("replay"),
+            capture_begin=self.begin, capture_end=self.end, replay=self.say("replay")
         )
+
+    def begin(self, *, pool: str, capture_error_mode: str) -> None:
+        torch.zeros(1).fill_(7)  # as torch does with its seed
+        self.log.append(f"begin {pool} {capture_error_mode} on {self.streams[-1]}")
+
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        self.streams.append("main" if stream is None else "its own")
+        yield
+        self.streams.pop()
 
     def end(self) -> None:
         self.log.append("end")
@@ -154,7 +163,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     for name, value in {
         "CUDAGraph": cuda.graph,
         "Stream": lambda device: stream,
-        "stream": lambda stream: nullcontext(),
+        "stream": cuda.on,
         "current_stream": lambda device: None,
         "graph_pool_handle": lambda: "pool 1",
         "empty_cache": cuda.say("empty"),
@@ -178,10 +187,27 @@ def test_a_recording(cuda: Cuda) -> None:
     cuda.log.clear()
     replay = made.record(lambda: cuda.log.append("work"))
     # Other threads allocate meanwhile; cuBLAS's workspace is the capture's own from begin to end.
-    begin = "begin pool 1 thread_local"
+    begin = "begin pool 1 thread_local on its own"
     assert cuda.log == ["wait", "workspaces", begin, "work", "workspaces", "end"]
     replay()
     assert cuda.log[-1] == "replay"
+
+
+def test_torch_seeds_a_recording_on_the_stream_that_works_anyway(cuda: Cuda) -> None:
+    class Seeds(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            cuda.seeded_on.append(cuda.streams[-1])
+            return function(*args, **(kwargs or {}))
+
+    def work() -> None:
+        torch.ones(1)
+
+    made = CudaRecorder(CPU)
+    with Seeds():
+        made.record(work)
+    assert cuda.seeded_on == ["main", "main", "its own"]  # zeros, fill_ and the work
 
 
 def test_a_recording_that_breaks_off_is_ended_and_holds_nothing(cuda: Cuda) -> None:
