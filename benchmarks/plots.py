@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import Row
 from benchmarks.scenarios import Scenario, parse, sweep
-from benchmarks.selection import MAIN, Selection, select
+from benchmarks.selection import COMPARED, Selection, select
 from benchmarks.tables import TIMES, title
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Plot:
 
 def plots(rows: Sequence[Row], scenarios: Sequence[str]) -> list[Plot]:
     """The plots that the committed rows suffice for."""
-    chosen = [(name, select(rows, [name], MAIN)) for name in scenarios]
+    chosen = [(name, select(rows, [name], COMPARED)) for name in scenarios]
     step = [_by_system(n, s, "bars", "step_kernel_ms", "step_ms") for n, s in chosen]
     host = [_by_system(n, s, "pairs", "step_kernel_ms", "host_ms") for n, s in chosen]
     found = [
@@ -69,16 +69,14 @@ def plots(rows: Sequence[Row], scenarios: Sequence[str]) -> list[Plot]:
     ]
     for model in ("sd15", "sdxl"):
         grid = sweep(model)
-        chosen_grid = select(rows, grid.all(), GRID)
+        shapes, loras = select(rows, grid.shapes(), GRID), select(rows, grid.loras, GRID)
         label = "SD1.5" if model == "sd15" else "SDXL"
         native = parse(grid.batches[0]).size
         size = f"{native}{TIMES}{native}"
         panels = [
-            _line(chosen_grid, grid.batches, f"{label}, {size}", "batch", lambda s: s.batch),
-            _line(
-                chosen_grid, grid.sizes, f"{label}, batch 1", "edge of the image", lambda s: s.size
-            ),
-            _line(chosen_grid, grid.loras, f"{label}, {size}, batch 1", "LoRAs", lambda s: s.loras),
+            _line(shapes, grid.batches, f"{label}, {size}", "batch", lambda s: s.batch),
+            _line(shapes, grid.sizes, f"{label}, batch 1", "edge of the image", lambda s: s.size),
+            _line(loras, grid.loras, f"{label}, {size}, batch 1", "LoRAs", lambda s: s.loras),
         ]
         caption = f"{label}: a step over batch, size and number of LoRAs, as far as measured."
         found.append(Plot(f"grid-{model}", caption, _drawn(panels)))

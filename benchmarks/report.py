@@ -13,7 +13,7 @@ if __name__ == "__main__":
 from benchmarks import plots, tables
 from benchmarks.rows import ROOT, Row, read
 from benchmarks.scenarios import expand, sweep
-from benchmarks.selection import MAIN, Selection, select
+from benchmarks.selection import COMPARED, MAIN, Selection, select
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 REMARKS = ROOT / "benchmarks" / "results" / "remarks.json"
@@ -76,16 +76,17 @@ def document(rows: Sequence[Row]) -> str:
     lines += ["", *_starts(rows), "", *_variants(rows)]
     for model, name in (("sd15", "SD1.5"), ("sdxl", "SDXL")):
         lines += ["", f"## Batches, sizes and LoRAs, {name}", *pictures.get(f"grid-{model}", [])]
-        scenarios = sweep(model).all()
-        chosen = select(rows, scenarios, plots.GRID)
-        lines += ["", *tables.steps(chosen, scenarios, chosen.systems(plots.GRID))]
-        lines += _source(chosen)
+        grid = sweep(model)
+        for scenarios in (grid.shapes(), grid.loras):
+            chosen = select(rows, scenarios, plots.GRID)
+            lines += ["", *tables.steps(chosen, scenarios, chosen.systems(plots.GRID))]
+            lines += _source(chosen)
     lines += ["", *_published(rows), "", *_switches(rows), "", *_decodes(rows)]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _main(rows: Sequence[Row], scenario: str) -> list[str]:
-    chosen = select(rows, [scenario], [system for system in MAIN if system != "eager-fast"])
+    chosen = select(rows, [scenario], COMPARED)
     return [
         f"### {tables.title(scenario)}",
         "",

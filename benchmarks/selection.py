@@ -8,6 +8,8 @@ from benchmarks.systems import SYSTEMS
 
 PEERS = ("eager", "eager-fast", "torch-compile", "reduce-overhead")
 MAIN = (*PEERS, "blade")
+COMPARED = tuple(system for system in MAIN if system != "eager-fast")
+"""Those that a run must have measured to be shown: `--fast` changes little of what stock takes."""
 
 
 @dataclass(frozen=True)
