@@ -13,7 +13,8 @@ if __name__ == "__main__":
 from benchmarks import plots, tables
 from benchmarks.rows import ROOT, Row, read
 from benchmarks.scenarios import expand, sweep
-from benchmarks.selection import COMPARED, MAIN, Selection, select
+from benchmarks.selection import COMPARED, Selection, select
+from benchmarks.systems import KERNELS, NO_KERNELS
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 REMARKS = ROOT / "benchmarks" / "results" / "remarks.json"
@@ -73,7 +74,7 @@ def document(rows: Sequence[Row]) -> str:
     lines = [_HEAD, "## A step", *pictures.get("step", []), *pictures.get("host", [])]
     for scenario in MAIN_SCENARIOS:
         lines += ["", *_main(rows, scenario)]
-    lines += ["", *_starts(rows), "", *_variants(rows)]
+    lines += ["", *_kernels(rows), "", *_starts(rows), "", *_variants(rows)]
     for model, name in (("sd15", "SD1.5"), ("sdxl", "SDXL")):
         lines += ["", f"## Batches, sizes and LoRAs, {name}", *pictures.get(f"grid-{model}", [])]
         grid = sweep(model)
@@ -104,6 +105,25 @@ def _main(rows: Sequence[Row], scenario: str) -> list[str]:
     ]
 
 
+def _kernels(rows: Sequence[Row]) -> list[str]:
+    """What each kernel gives alone, and all together; of runs that measured Blade without any."""
+    about = """\
+Blade without any of its own kernels, with one of them, and with all. *Gained* is the GPU's time
+against without any."""
+    lines = ["## Blade's own kernels", "", about]
+    wanted = (NO_KERNELS, *KERNELS, "blade")
+    for scenario in MAIN_SCENARIOS:
+        runs = {
+            row["run"] for row in rows if (row["scenario"], row["system"]) == (scenario, NO_KERNELS)
+        }
+        chosen = select([row for row in rows if row["run"] in runs], [scenario], wanted)
+        present = [system for system in wanted if chosen.row(scenario, system)]
+        if present:
+            table = tables.kernels(chosen, scenario, present, NO_KERNELS)
+            lines += ["", *table, *_source(chosen)]
+    return lines
+
+
 def _starts(rows: Sequence[Row]) -> list[str]:
     """What a restarted process costs."""
     about = """\
@@ -123,7 +143,7 @@ def _variants(rows: Sequence[Row]) -> list[str]:
     lines = ["## LoRAs and ControlNets"]
     for scenario in MAIN_SCENARIOS:
         names = [f"{scenario}{suffix}" for suffix in VARIANTS]
-        chosen = select(rows, names, MAIN)
+        chosen = select(rows, names, COMPARED)
         lines += ["", *tables.steps(chosen, names, chosen.systems()), *_source(chosen)]
     return lines
 

@@ -107,6 +107,21 @@ def _blade(loras: Any = FusedLoras, **options: Any) -> System:
     return System(model, loras, controlnet, vae)
 
 
+KERNELS = {
+    f"blade-{name.replace('_', '-')}": name
+    for name in (
+        "joint_linear",
+        "group_norm",
+        "short_attention",
+        "flash_attention",
+        "geglu",
+        "layer_norm",
+        "late_bias",
+    )
+}
+"""Blade with one of its own kernels alone: the system, and what the kernel is called there."""
+NO_KERNELS = "blade-no-kernels"
+
 SYSTEMS: dict[str, System] = {
     REFERENCE: System(eager, vae=_as_it_is),
     "torch-compile": System(torch_compile, vae=torch_compile_vae, dynamo=True),
@@ -125,9 +140,8 @@ SYSTEMS: dict[str, System] = {
     # The traced graphs run by torch itself: what tracing and channels-last alone change.
     "blade-traced": _blade(backend="eager"),
     # Without the kernels of Blade's own in the graphs, and with one of them.
-    "blade-no-kernels": _blade(kernels=()),
-    "blade-group-norm": _blade(kernels=("group_norm",)),
-    "blade-short-attention": _blade(kernels=("short_attention",)),
+    NO_KERNELS: _blade(kernels=()),
+    **{system: _blade(kernels=(kernel,)) for system, kernel in KERNELS.items()},
 }
 
 

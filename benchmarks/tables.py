@@ -145,6 +145,27 @@ def starts(rows: Selection, scenario: str, systems: Sequence[str]) -> list[str]:
     return _table([title(scenario), *(heading for heading, *_ in columns)], lines)
 
 
+def kernels(rows: Selection, scenario: str, systems: Sequence[str], without: str) -> list[str]:
+    """What systems with some of Blade's own kernels gain over the one `without` any."""
+    plain = rows.value(scenario, without, "step_kernel_ms")
+
+    def gained(system: str) -> str:
+        busy = rows.value(scenario, system, "step_kernel_ms")
+        if busy is None or plain is None or system == without:
+            return NONE
+        return number(plain - busy, " ms", 2)
+
+    columns: tuple[Column, ...] = (
+        ("step", _cell(rows, scenario, "step_ms", " ms")),
+        ("GPU busy", _cell(rows, scenario, "step_kernel_ms", " ms")),
+        ("gained", gained),
+        ("kernels", _cell(rows, scenario, "kernels_per_step", digits=0)),
+        ("latents", _latents(rows, scenario)),
+    )
+    lines = [[system, *(cell(system) for _, cell in columns)] for system in systems]
+    return _table([title(scenario), *(head for head, _ in columns)], lines)
+
+
 def steps(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
     """Step times (and the GPU's own) of several scenarios, one a line."""
 

@@ -17,7 +17,8 @@ from benchmarks.kinds import KINDS, kind_of
 from benchmarks.loaders import FusedLoras, LoraLoaders
 from benchmarks.scenarios import Scenario, expand, parse
 from benchmarks.selection import select
-from benchmarks.systems import find_system
+from benchmarks.systems import KERNELS, NO_KERNELS, find_system
+from blade.blade_core import config
 
 COMMITTED = rows.read()
 
@@ -67,6 +68,8 @@ def test_systems_are_found_by_name() -> None:
     assert find_system("blade").loras is find_system("blade-traced-fast").loras is FusedLoras
     assert find_system("blade-loader").loras is find_system("eager").loras is LoraLoaders
     find_system("blade:split_reductions=True")
+    assert tuple(KERNELS.values()) == config.KERNELS
+    assert all(find_system(system) for system in (NO_KERNELS, *KERNELS))
     for name in ("blad", "eager:max_autotune=True"):
         with pytest.raises(ValueError, match="there is no system"):
             find_system(name)
@@ -186,6 +189,13 @@ def test_a_run_without_blade_says_less_than_one_with_it() -> None:
     assert {r["run"] for r in select(found[2:], scenarios, ["eager"]).rows} == {"without"}
 
 
+def test_a_newer_run_is_shown_also_without_fast() -> None:
+    systems = ("eager", "torch-compile", "reduce-overhead", "blade")
+    old = [row("old", "sd15-512-b1", system) for system in (*systems, "eager-fast")]
+    text = report.document(old + [row("new", "sd15-512-b1", system) for system in systems])
+    assert "Run [new]" in text and "Run [old]" not in text
+
+
 def test_the_report_says_what_failed_and_what_is_missing() -> None:
     found = [
         row("r", "sd15-512-b1", "eager", step_ms=8.0),
@@ -211,6 +221,18 @@ def test_the_report_says_what_a_restart_takes() -> None:
     none = tables.NONE
     assert f"| blade-restart | 6.00 s | {none} | {none} | 26 | {none} |" in text
     assert f"| blade | 20.0 s | {none} | 26 | {none} | {none} |" in text
+
+
+def test_the_report_says_what_a_kernel_gives_alone() -> None:
+    found = [row("newer", "sd15-512-b1", "blade", step_kernel_ms=1.0)]
+    assert "| gained |" not in report.document(found)
+    for system, busy in ((NO_KERNELS, 6.0), ("blade-geglu", 5.5), ("blade", 5.0)):
+        found.insert(0, row("r", "sd15-512-b1", system, step_kernel_ms=busy, kernels_per_step=600))
+    text = report.document(found)
+    none = tables.NONE
+    assert f"| {NO_KERNELS} | 2.00 ms | 6.00 ms | {none} | 600 | {none} |" in text
+    assert f"| blade-geglu | 2.00 ms | 5.50 ms | 0.50 ms | 600 | {none} |" in text
+    assert f"| blade | 2.00 ms | 5.00 ms | 1.00 ms | 600 | {none} |" in text
 
 
 @pytest.mark.parametrize(
