@@ -96,6 +96,14 @@ def test_the_host_loads_one_model(session: Session, vae: Any) -> None:
     assert ours.model_size() == vae.model_size()
 
 
+def test_the_node_gets_the_compiler_ready(session: Session, vae: Any) -> None:
+    optimized(vae)
+    assert session.engine._preload._thread is None  # backend eager needs none
+    optimized(vae, OptimizeConfig(backend="inductor"))
+    assert session.engine._preload._thread is not None
+    session.engine._preload.wait()
+
+
 def test_twice_and_off(session: Session, vae: Any) -> None:
     twice = optimized(optimized(vae, FALLBACK))
     assert_as_stock(vae, twice, decode())
