@@ -11,6 +11,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import plots, tables
+from benchmarks.published import published
 from benchmarks.rows import ROOT, Row, read
 from benchmarks.scenarios import expand, sweep
 from benchmarks.selection import COMPARED, Selection, select
@@ -156,7 +157,7 @@ def _published(rows: Sequence[Row]) -> list[str]:
 Seconds of an image by steps and by what is on the model. The published rows are PAI-Blade's for SD1
 on an A10 in stable-diffusion-webui, where LoRAs cost time in every step; in ComfyUI they are part
 of the weights. So compare ratios, not seconds. Here an image is the sampling run, once warm."""
-    table = tables.published(chosen, PUBLISHED_SHAPE, chosen.systems(systems))
+    table = published(chosen, PUBLISHED_SHAPE, chosen.systems(systems))
     heading = f"## The published table: {tables.title(PUBLISHED_SHAPE)}"
     return [heading, "", about, "", *table, *_source(chosen)]
 

@@ -119,7 +119,8 @@ KERNELS = {
         "late_bias",
     )
 }
-"""Blade with one of its own kernels alone: the system, and what the kernel is called there."""
+"""Blade with one of its own kernels alone: the system, and the kernel as Blade's config has it.
+Asking that would import torch into a process that only starts others."""
 NO_KERNELS = "blade-no-kernels"
 
 SYSTEMS: dict[str, System] = {

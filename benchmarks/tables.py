@@ -3,21 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from benchmarks.kinds import KINDS
-from benchmarks.scenarios import TABLE_COLUMNS, TABLE_STEPS, Scenario, parse
+from benchmarks.scenarios import Scenario, parse
 from benchmarks.selection import Selection
 
 NOT_MEASURED = "not measured"
 TIMES = "\u00d7"  # a multiplication sign
 NONE = "\u2013"  # a dash: does not apply, or is not in the row
 _MODELS = {"sd15-full": "SD1.5", "sdxl-full": "SDXL"}
-
-# PAI-Blade's published table: an A10, stable-diffusion-webui, SD1 at 512x512, batch 1, seconds
-# of 20, 50 and 100 steps for each of TABLE_COLUMNS.
-PUBLISHED = {
-    "eager": ((2.03, 2.94, 2.75), (4.77, 7.17, 6.64), (9.45, 14.18, 13.13)),
-    "xformers": ((1.57, 2.46, 2.14), (3.63, 5.86, 5.06), (7.10, 11.54, 9.90)),
-    "PAI-Blade": ((1.15, 1.15, 1.62), (2.59, 2.59, 3.75), (4.96, 4.96, 7.35)),
-}
 
 Column = tuple[str, Callable[[str], str]]
 """A heading, and what a system's cell says."""
@@ -142,7 +134,7 @@ def starts(rows: Selection, scenario: str, systems: Sequence[str]) -> list[str]:
         ]
         for system in systems
     ]
-    return _table([title(scenario), *(heading for heading, *_ in columns)], lines)
+    return table([title(scenario), *(heading for heading, *_ in columns)], lines)
 
 
 def kernels(rows: Selection, scenario: str, systems: Sequence[str], without: str) -> list[str]:
@@ -163,7 +155,7 @@ def kernels(rows: Selection, scenario: str, systems: Sequence[str], without: str
         ("latents", _latents(rows, scenario)),
     )
     lines = [[system, *(cell(system) for _, cell in columns)] for system in systems]
-    return _table([title(scenario), *(head for head, _ in columns)], lines)
+    return table([title(scenario), *(head for head, _ in columns)], lines)
 
 
 def steps(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
@@ -173,7 +165,7 @@ def steps(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> 
         wall = rows.value(scenario, system, "step_ms")
         busy = rows.value(scenario, system, "step_kernel_ms")
         if wall is None:
-            return _missing(rows, scenario, system)
+            return missing(rows, scenario, system)
         return f"{number(wall)} ({number(busy)})" if busy else number(wall)
 
     def best(scenario: str) -> str:
@@ -184,51 +176,9 @@ def steps(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> 
 
     lines = [[title(s), *(cell(s, system) for system in systems), best(s)] for s in scenarios]
     return [
-        *_table(["ms a step (of it GPU)", *systems, "best peer / Blade"], lines),
-        *_errors(rows, scenarios),
+        *table(["ms a step (of it GPU)", *systems, "best peer / Blade"], lines),
+        *errors(rows, scenarios),
     ]
-
-
-def published(rows: Selection, scenario: str, systems: Sequence[str]) -> list[str]:
-    """Seconds of an image in the shape of PAI-Blade's table, and ratios beside its own."""
-    head = [f"{n}, {what}" for n in TABLE_STEPS for what in TABLE_COLUMNS.values()]
-    names = [f"{scenario}-s{n}{suffix}" for n in TABLE_STEPS for suffix in TABLE_COLUMNS]
-
-    def seconds(system: str) -> list[float | None]:
-        whole = [rows.value(name, system, "image_s") for name in names]
-        second = [rows.value(name, system, "warm_first_image_s") for name in names]
-        return [w if w is not None else s for w, s in zip(whole, second, strict=True)]
-
-    theirs = {name: [x for line in table for x in line] for name, table in PUBLISHED.items()}
-    lines = [
-        [f"published, A10: {name}", *(number(v, digits=2) for v in theirs[name])] for name in theirs
-    ]
-    for system in systems:
-        cells = [
-            _missing(rows, name, system) if value is None else number(value, digits=2)
-            for name, value in zip(names, seconds(system), strict=True)
-        ]
-        lines.append([system, *cells])
-    ratios = [
-        [f"published: {name} / PAI-Blade", *_ratios(theirs[name], theirs["PAI-Blade"])]
-        for name in ("eager", "xformers")
-    ]
-    ratios += [
-        [f"{system} / blade", *_ratios(seconds(system), seconds("blade"))]
-        for system in systems
-        if system != "blade"
-    ]
-    return [
-        *_table(["seconds", *head], lines),
-        *_errors(rows, names),
-        "",
-        *_table(["times as fast", *head], ratios),
-    ]
-
-
-def _ratios(theirs: Sequence[float | None], own: Sequence[float | None]) -> list[str]:
-    pairs = zip(theirs, own, strict=True)
-    return [number(a / b, TIMES, 2) if a and b else NONE for a, b in pairs]
 
 
 def switches(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
@@ -242,7 +192,7 @@ def switches(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) 
     def cell(scenario: str, system: str) -> str:
         mine, stock = parts(scenario, system), sum(parts(scenario, "eager"))
         if not mine:
-            return _missing(rows, scenario, system)
+            return missing(rows, scenario, system)
         text = f"{' + '.join(number(ms) for ms in mine)} = {number(sum(mine))}"
         faster = f" ({number(stock / sum(mine), TIMES)})" if stock else ""
         return text if system == "eager" else text + faster
@@ -256,7 +206,7 @@ def switches(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) 
         return " + ".join(number(min(times)) for times in found if times) or NONE
 
     lines = [[_switch(s), *(cell(s, system) for system in systems), floor(s)] for s in scenarios]
-    return [*_table(["ms a switch", *systems, "floor"], lines), *_errors(rows, scenarios)]
+    return [*table(["ms a switch", *systems, "floor"], lines), *errors(rows, scenarios)]
 
 
 def switched(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -> list[str]:
@@ -287,7 +237,7 @@ def switched(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) 
     ]
     head = ["", "system", "slowest", "step before", "step after", "image before", "image after"]
     head += ["graphs / captures / dropped", "weights", "latents"]
-    return ["", *_table(head, lines)] if lines else []
+    return ["", *table(head, lines)] if lines else []
 
 
 def _switch(scenario: str) -> str:
@@ -312,10 +262,10 @@ def decodes(rows: Selection, scenarios: Sequence[str], systems: Sequence[str]) -
         for system in systems:
             cells = [_cell(rows, scenario, field, unit)(system) for field, unit in fields]
             if rows.value(scenario, system, "step_ms") is None:
-                cells[0] = _missing(rows, scenario, system)
+                cells[0] = missing(rows, scenario, system)
             lines.append([title(scenario), system, *cells, _latents(rows, scenario)(system)])
     head = ["", "system", "decode", "GPU busy", "tensors", "first", "compiling", "pixels"]
-    return [*_table(head, lines), *_errors(rows, scenarios)]
+    return [*table(head, lines), *errors(rows, scenarios)]
 
 
 def _by_system(rows: Selection, scenario: str, *columns: Column) -> list[str]:
@@ -323,11 +273,11 @@ def _by_system(rows: Selection, scenario: str, *columns: Column) -> list[str]:
     for system in rows.systems():
         name = f"**{system}**" if system == "blade" else system
         if rows.value(scenario, system, "step_ms") is None:
-            cells = [_missing(rows, scenario, system), *[NONE] * (len(columns) - 1)]
+            cells = [missing(rows, scenario, system), *[NONE] * (len(columns) - 1)]
         else:
             cells = [cell(system) for _, cell in columns]
         lines.append([name, *cells])
-    return [*_table(["system", *(head for head, _ in columns)], lines), *_errors(rows, [scenario])]
+    return [*table(["system", *(head for head, _ in columns)], lines), *errors(rows, [scenario])]
 
 
 def _cell(
@@ -388,18 +338,19 @@ def _text(rows: Selection, scenario: str, field: str) -> Callable[[str], str]:
     return cell
 
 
-def _missing(rows: Selection, scenario: str, system: str) -> str:
+def missing(rows: Selection, scenario: str, system: str) -> str:
     row = rows.row(scenario, system)
     return NOT_MEASURED if row is None or not row["error"] else "failed"
 
 
-def _errors(rows: Selection, scenarios: Sequence[str]) -> list[str]:
+def errors(rows: Selection, scenarios: Sequence[str]) -> list[str]:
     """What failed and why, under the table."""
     failed = [row for row in rows.rows if row["error"] and row["scenario"] in scenarios]
     lines = [f"- {row['scenario']}, {row['system']}: `{row['error'][:200]}`" for row in failed]
     return ["", "Failed:", "", *lines] if lines else []
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown."""
     rows = [head, ["---"] * len(head), *lines]
     return ["| " + " | ".join(row) + " |" for row in rows]

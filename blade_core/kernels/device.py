@@ -21,8 +21,5 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @lru_cache
 def processors(device: torch.device) -> int:
-    """How many programs run at once, at one on each multiprocessor. Where a test runs a kernel on
-    the CPU, so few that one does several tiles."""
-    if device.type != "cuda":
-        return 2
+    """How many multiprocessors a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -196,6 +196,7 @@ knows_ranges = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 for rows, columns in ((256, 128), (300, 256)) if knows_ranges else ():
     x, weight = torch.randn(rows, 64).half(), (torch.randn(2 * columns, 64) / 8).half()
     given = (x, weight, torch.randn(2 * columns).half())
+    geglu.processors = lambda _: 2  # so few that one program does several tiles
     for part in (geglu._SMALL, geglu._LARGE):
         geglu.tile = lambda *_: part
         close(geglu.run(*given), geglu.reference(*(t.double() for t in given)))
