@@ -6,6 +6,7 @@ from typing import Any
 
 from ..blade_core.config import BACKENDS, COMPILE, FROZEN_CHANGE, ON_FAILURE, OptimizeConfig
 from ..blade_core.host.model import optimize_model, without_blade
+from .ahead import GetsReady
 
 DIALS: dict[str, Any] = {
     "backend": (
@@ -75,7 +76,7 @@ COMPILE_DIAL: dict[str, Any] = {
 """Optional, for the same reason."""
 
 
-class BladeOptimizeModel:
+class BladeOptimizeModel(GetsReady):
     """MODEL -> MODEL, every UNet block compiled."""
 
     TITLE = "Blade Optimize Model"

@@ -6,10 +6,11 @@ from typing import Any
 
 from ..blade_core.config import OptimizeConfig
 from ..blade_core.host.optimize_vae import optimize_vae, stock_vae
+from .ahead import GetsReady
 from .optimize_model import DIALS
 
 
-class BladeOptimizeVAE:
+class BladeOptimizeVAE(GetsReady):
     """VAE -> VAE, every layer of its encoder and decoder compiled."""
 
     TITLE = "Blade Optimize VAE"

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_management import get_torch_device
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import nn
@@ -139,6 +140,15 @@ def _all(states: _States[_State]) -> list[_State]:
 def session() -> Session:
     """The process's one session, made when it is first asked for."""
     return Session()
+
+
+def expect(config: OptimizeConfig) -> None:
+    """A prompt with one of Blade's nodes begins; its models will run on the host's device.
+
+    Raises:
+        InvalidChoice: a variable of the environment holds what it may not.
+    """
+    session().engine.expect(config, get_torch_device())
 
 
 class Attachment:
