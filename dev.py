@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(environment: Environment, arguments: list[str]) -> int:
-    variables = os.environ | {"BLADE_COMFY": str(environment.host)}
+def _run(environment: Environment, arguments: list[str], **more: str) -> int:
+    variables = os.environ | {"BLADE_COMFY": str(environment.host)} | more
     command = [str(environment.python), *arguments]
     return subprocess.run(command, cwd=ROOT, env=variables).returncode
 
@@ -92,13 +92,17 @@ def _run(environment: Environment, arguments: list[str]) -> int:
 def _test(environment: Environment, arguments: list[str]) -> int:
     WORK.mkdir(exist_ok=True)
     chosen = any((ROOT / a.split("::")[0]).exists() for a in arguments if not a.startswith("-"))
-    where = [] if chosen else ["tests"]
     report = f"--junitxml={WORK / 'junit.xml'}"
+    command = ["-m", "pytest", "-c", "tests/pytest.ini", report]
+    if chosen:
+        return _run(environment, [*command, *arguments])
     # The whole suite in several processes, each of which takes about 3 GiB.
-    processes = ["-n", str(min(3, os.cpu_count() or 1))]
-    spread = [] if chosen else [*processes, "--dist", "loadscope", "--no-loadscope-reorder"]
-    command = ["-m", "pytest", "-c", "tests/pytest.ini", report, *spread, *where, *arguments]
-    return _run(environment, command)
+    cores = os.cpu_count() or 1
+    processes = min(3, cores)
+    spread = ["-n", str(processes), "--dist", "loadscope", "--no-loadscope-reorder"]
+    # Their threads, and those of their servers, would wait for each other's turn most of the time.
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    return _run(environment, [*command, *spread, "tests", *arguments], OMP_NUM_THREADS=threads)
 
 
 def _bench(environment: Environment, report: bool, arguments: list[str]) -> int:
