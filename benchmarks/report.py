@@ -22,6 +22,7 @@ REMARKS = ROOT / "benchmarks" / "results" / "remarks.json"
 """Run -> what was learned about it later, and its rows cannot say themselves."""
 IMAGES = ROOT / "docs" / "images"
 MAIN_SCENARIOS = ("sd15-512-b1", "sdxl-1024-b1")
+BATCHES = ("sd15-512-b8", "sdxl-1024-b4")
 VARIANTS = ("", "-lora2", "-lora8", "-cn1", "-cn2")
 PUBLISHED_SHAPE = "sd15-512-b1"
 
@@ -75,6 +76,8 @@ def document(rows: Sequence[Row]) -> str:
     lines = [_HEAD, "## A step", *pictures.get("step", []), *pictures.get("host", [])]
     for scenario in MAIN_SCENARIOS:
         lines += ["", *_main(rows, scenario)]
+    for scenario in BATCHES:
+        lines += ["", *_batch(rows, scenario)]
     lines += ["", *_kernels(rows), "", *_starts(rows), "", *_variants(rows)]
     for model, name in (("sd15", "SD1.5"), ("sdxl", "SDXL")):
         lines += ["", f"## Batches, sizes and LoRAs, {name}", *pictures.get(f"grid-{model}", [])]
@@ -106,11 +109,19 @@ def _main(rows: Sequence[Row], scenario: str) -> list[str]:
     ]
 
 
+def _batch(rows: Sequence[Row], scenario: str) -> list[str]:
+    """A step in which the GPU has plenty to do: how much of it is used."""
+    chosen = select(rows, [scenario], COMPARED)
+    lines = [f"### {tables.title(scenario)}", "", *tables.speed(chosen, scenario), ""]
+    return [*lines, *tables.time_split(chosen, scenario), *_source(chosen)]
+
+
 def _kernels(rows: Sequence[Row]) -> list[str]:
     """What each kernel gives alone, and all together; of runs that measured Blade without any."""
     about = """\
 Blade without any of its own kernels, with one of them, and with all. *Gained* is the GPU's time
-against without any."""
+against without any. Together they gain more than one by one: what one leaves out, such as a bias,
+the next takes up, and where no kernel needs its counter cleared the GPU does not stop."""
     lines = ["## Blade's own kernels", "", about]
     wanted = (NO_KERNELS, *KERNELS, "blade")
     for scenario in MAIN_SCENARIOS:

@@ -1,4 +1,4 @@
-"""Host memory for tensors that travel: many to a GPU together, or one from it."""
+"""Host memory for many tensors that travel to a GPU together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 _BLOCK = 2**25
 """Bytes. Torch rounds pinned memory up to a power of two, so that full blocks waste nothing."""
 _ALIGNMENT = 64
-_MOST_FETCHED = 2**27
-"""Bytes. Torch keeps page-locked memory for the next time, as long as the process lives."""
 
 
 def pack(tensors: Sequence[torch.Tensor], *, pinned: bool) -> tuple[list[torch.Tensor], bool]:
@@ -35,23 +33,6 @@ def pack(tensors: Sequence[torch.Tensor], *, pinned: bool) -> tuple[list[torch.T
             if dtype.is_floating_point or dtype.is_complex:
                 finite &= bool(block.sum(dtype=_wide(dtype)).isfinite())
     return [copies[number] for number in range(len(tensors))], finite
-
-
-def fetch(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a GPU's tensor in page-locked memory, where it arrives many times as fast as in
-    other; or the tensor itself if it is large, or if the system locks no more pages.
-
-    The copy is there when this returns. It is meant to be read soon and forgotten.
-    """
-    if tensor.numel() * tensor.element_size() > _MOST_FETCHED:
-        return tensor
-    try:
-        result = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    except RuntimeError:
-        return tensor
-    result.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return result
 
 
 def _blocks(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> list[list[int]]:

@@ -11,6 +11,7 @@ import enum
 import functools
 import types
 from collections.abc import Collection
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -106,23 +107,33 @@ def describe_classes(module: nn.Module) -> dict[type[nn.Module], tuple[Any, ...]
     A class that another pack patched keeps its name but not its code. The problem is a text if
     a member cannot be described, else None.
     """
-    return {kind: _class(kind) for kind in set(map(type, modules_of(module)))}
+    kinds = set(map(type, modules_of(module)))
+    # Each base once: nn.Module has more members than all others together.
+    parts = {base: _own_members(base) for base in {b for kind in kinds for b in kind.__mro__}}
+    return {kind: _class(kind, [parts[base] for base in kind.__mro__]) for kind in kinds}
 
 
-def _class(kind: type[nn.Module]) -> tuple[Any, ...]:
+def _class(kind: type[nn.Module], parts: list[tuple[list[Any], str | None]]) -> tuple[Any, ...]:
+    members = [member for own, _ in parts for member in own]
+    problem = next((problem for _, problem in parts if problem is not None), None)
+    return (kind.__module__, kind.__qualname__, digest(tuple(members)), problem)
+
+
+def _own_members(base: type) -> tuple[list[Any], str | None]:
+    """What a class itself adds to its bases, and a problem with that."""
+    found: list[tuple[str, Any]] = list(vars(base).items())
+    # torch's own code is covered by torch's version in the key, unless someone replaced it.
+    if base.__module__.startswith(("torch.", "builtins")):
+        found = [(name, value) for name, value in found if _is_foreign(value)]
     members: list[Any] = []
     problem = None
-    for base in kind.__mro__:
-        # torch's own code is covered by torch's version in the key, unless someone replaced it.
-        known = base.__module__.startswith(("torch.", "builtins"))
-        for name, value in sorted(vars(base).items()):
-            if name in _CLASS_INTERNALS or (known and not _is_foreign(value)):
-                continue
+    for name, value in sorted(found, key=itemgetter(0)):
+        if name not in _CLASS_INTERNALS:
             try:
-                members.append((name, _member(value, f"{kind.__qualname__}.{name}")))
+                members.append((name, _member(value, f"{base.__qualname__}.{name}")))
             except UnknownStructure as error:
                 problem = str(error)
-    return (kind.__module__, kind.__qualname__, digest(tuple(members)), problem)
+    return members, problem
 
 
 def _functions(member: object) -> list[types.FunctionType]:

@@ -87,6 +87,7 @@ class InductorBackend:
 
             for operator in OPERATORS:
                 operator()
+            _digest_packages()
 
     def joins(self, device: torch.device) -> bool:
         return "joint_linear" in self.kernels and _runs_kernels(device)
@@ -148,6 +149,17 @@ class InductorBackend:
             with config.patch(compile_threads=1) if no_pool else nullcontext():
                 loaded = CompiledArtifact.load(path=path)
             return _function(loaded, frozen=request.frozen)
+
+
+def _digest_packages() -> None:
+    """Let torch read its own files and Triton's, by whose digests it tells versions apart. It does
+    so for the first graph, loaded or compiled, and remembers them: half a second."""
+    with suppress(ImportError, AttributeError, OSError, RuntimeError):
+        from torch._inductor.codecache import torch_key
+        from torch._inductor.runtime.triton_compat import triton_key
+
+        torch_key()
+        triton_key()  # a RuntimeError where there is no Triton
 
 
 def _check_private(folder: Path) -> None:

@@ -51,7 +51,7 @@ def optimize_vae(vae: Any, config: OptimizeConfig, *, node_id: str | None = None
     stock = (vae.first_stage_model, vae.patcher)
     model, patcher = non_dynamic_vae(vae)
     result = copy.copy(vae)
-    result.first_stage_model = VAEProxy(model, config, node_id, stock, vae.output_device)
+    result.first_stage_model = VAEProxy(model, config, node_id, stock)
     result.patcher = patcher
     if _makes_new_tensors(vae.process_output):
         result.process_output = ToPixels(vae.process_output)

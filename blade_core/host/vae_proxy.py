@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..config import OptimizeConfig
-from ..memory import fetch
 from . import model as host
 from .progress import CompileProgress
 from .shadow import Holder, shadow
@@ -20,7 +19,6 @@ class VAEProxy:
     """Stands for first_stage_model where the host calls it.
 
     stock: first_stage_model and patcher of the VAE that came in.
-    to: the device that the host moves results to.
     """
 
     def __init__(
@@ -29,15 +27,13 @@ class VAEProxy:
         config: OptimizeConfig,
         node_id: str | None,
         stock: tuple[nn.Module, Any],
-        to: torch.device,
     ) -> None:
         self._model, self._config, self._node_id = model, config, node_id
-        self.stock, self._to = stock, to
+        self.stock = stock
 
     def decode(self, z: torch.Tensor, *args: Any, **options: Any) -> Any:
         """The host's own decode, but for its decoder."""
-        result = self._with("decoder").decode(z, *args, **options)
-        return fetch(result) if result.is_cuda and self._to.type == "cpu" else result
+        return self._with("decoder").decode(z, *args, **options)
 
     def encode(self, x: torch.Tensor, *args: Any, **options: Any) -> Any:
         """The host's own encode, but for its encoder: what is random in it stays the host's."""
@@ -61,4 +57,4 @@ class VAEProxy:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VAEProxy:
         model, stock = copy.deepcopy((self._model, self.stock), memo)
-        return VAEProxy(model, self._config, self._node_id, stock, self._to)
+        return VAEProxy(model, self._config, self._node_id, stock)

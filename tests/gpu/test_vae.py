@@ -18,7 +18,6 @@ from blade_tests.host.vaes import (
     used,
 )
 
-from blade.blade_core import memory
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.host.model import Session
 
@@ -62,33 +61,6 @@ def test_the_same_image_in_one_life(session: Session, dtype: torch.dtype) -> Non
         as_stock(vae, ours, decode(size=(64, 64)), decode(size=(48, 40)))
     assert relative_rms(image, used(vae, decode(size=(64, 64)))) > 0.05
     assert counters["blocks_eager"] == 0
-
-
-def test_an_image_comes_by_page_locked_memory(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And no image stays there."""
-    vae = make_vae(dtype=torch.bfloat16, config=FULL)
-    ours, z = optimized(vae, STRICT), latent(size=(32, 32))
-    used(ours, decode(size=(32, 32)))
-    on_gpu = z.to(vae.device, vae.vae_dtype)
-    with torch.inference_mode():
-        image = ours.first_stage_model.decode(on_gpu)
-        assert image.is_pinned() and not ours.decode(z).is_pinned()
-        monkeypatch.setattr(memory, "_MOST_FETCHED", image.nbytes - 1)
-        assert ours.first_stage_model.decode(on_gpu).is_cuda
-        monkeypatch.undo()
-        monkeypatch.setattr(ours.first_stage_model, "_to", vae.device)  # as with --gpu-only
-        assert ours.first_stage_model.decode(on_gpu).is_cuda
-
-
-@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_what_is_fetched_is_a_copy(form: torch.memory_format) -> None:
-    there = torch.randn(2, 3, 64, 48, device="cuda").to(torch.bfloat16, memory_format=form)
-    here = memory.fetch(there)
-    assert torch.equal(here, there.cpu()) and here.stride() == there.stride()
-    there.zero_()
-    assert here.any()
 
 
 def test_tiles(session: Session) -> None:

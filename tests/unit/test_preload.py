@@ -27,6 +27,15 @@ engine.backends(config, torch.device("cpu"))
 print(before, running, "torch._inductor.compile_fx" in sys.modules)
 """
 
+_REMEMBERED = """
+import hashlib
+from blade.blade_core.backends import BACKENDS
+BACKENDS["inductor"].preload()
+from torch._inductor.codecache import torch_key
+hashlib.sha256 = None
+print(len(torch_key()))
+"""
+
 
 class Slow:
     """What of a backend is asked for here."""
@@ -84,6 +93,11 @@ def test_what_cannot_be_imported_is_no_error_here() -> None:
 
 def test_a_model_that_is_going_to_run_has_its_compiler_imported() -> None:
     assert in_new_process(_IN_ORDER, BLADE_COMPILE_WORKERS="0") == "False ['blade-import'] True"
+
+
+def test_torch_has_read_its_own_files() -> None:
+    """A first graph, loaded or compiled, would wait for that."""
+    assert in_new_process(_REMEMBERED) == "32"
 
 
 def test_a_first_image_in_the_background_does_not_wait_for_an_import(tmp_path: Path) -> None:
