@@ -121,7 +121,14 @@ KERNELS = {
 }
 """Blade with one of its own kernels alone: the system, and the kernel as Blade's config has it.
 Asking that would import torch into a process that only starts others."""
+WITHOUT = {system.replace("blade-", "blade-without-"): name for system, name in KERNELS.items()}
+"""Blade with all of them but one: what that one is worth beside the others."""
 NO_KERNELS = "blade-no-kernels"
+
+
+def _all_but(kernel: str) -> tuple[str, ...]:
+    return tuple(name for name in KERNELS.values() if name != kernel)
+
 
 SYSTEMS: dict[str, System] = {
     REFERENCE: System(eager, vae=_as_it_is),
@@ -140,9 +147,10 @@ SYSTEMS: dict[str, System] = {
     "blade-frozen": _blade(freeze_weights=True),
     # The traced graphs run by torch itself: what tracing and channels-last alone change.
     "blade-traced": _blade(backend="eager"),
-    # Without the kernels of Blade's own in the graphs, and with one of them.
+    # Without the kernels of Blade's own in the graphs, with one of them, and with all but one.
     NO_KERNELS: _blade(kernels=()),
     **{system: _blade(kernels=(kernel,)) for system, kernel in KERNELS.items()},
+    **{system: _blade(kernels=_all_but(kernel)) for system, kernel in WITHOUT.items()},
 }
 
 

@@ -17,7 +17,7 @@ from benchmarks.kinds import KINDS, kind_of
 from benchmarks.loaders import FusedLoras, LoraLoaders
 from benchmarks.scenarios import Scenario, expand, parse
 from benchmarks.selection import select
-from benchmarks.systems import KERNELS, NO_KERNELS, find_system
+from benchmarks.systems import KERNELS, NO_KERNELS, WITHOUT, find_system
 from blade.blade_core import config
 
 COMMITTED = rows.read()
@@ -69,7 +69,8 @@ def test_systems_are_found_by_name() -> None:
     assert find_system("blade-loader").loras is find_system("eager").loras is LoraLoaders
     find_system("blade:split_reductions=True")
     assert tuple(KERNELS.values()) == config.KERNELS
-    assert all(find_system(system) for system in (NO_KERNELS, *KERNELS))
+    assert WITHOUT["blade-without-late-bias"] == "late_bias" and len(WITHOUT) == len(KERNELS)
+    assert all(find_system(system) for system in (NO_KERNELS, *KERNELS, *WITHOUT))
     for name in ("blad", "eager:max_autotune=True"):
         with pytest.raises(ValueError, match="there is no system"):
             find_system(name)
