@@ -35,6 +35,8 @@ from .store import GraphStore
 _ORDER = ("torch_blade", "inductor")
 """Which compiler is asked first, by `auto` and after a chosen one that cannot run."""
 
+_LATELY_SECONDS = 7 * 24 * 3600.0
+
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _TF32_TOLERANCE = 2e-3
 
@@ -88,6 +90,12 @@ class Engine:
         if config.backend in why_not:
             warn_once(f"{_cannot(config.backend, why_not)} Blade uses {usable[0].name} instead.")
         return usable[:1] if config.strict else usable
+
+    def started(self) -> None:
+        """The process has started. If graphs were used lately, they are going to be loaded again:
+        what that needs is imported while nobody waits."""
+        if self.store is not None and self.store.used_within(_LATELY_SECONDS):
+            self._preload.start(BACKENDS["inductor"])
 
     def expect(self, config: OptimizeConfig, device: torch.device) -> None:
         """A model is going to run on `device`: the compiler is imported while the host still loads

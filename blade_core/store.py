@@ -107,6 +107,11 @@ class GraphStore:
         sizes = [size for _, size, _ in self._files()]
         return Stored(len(sizes), sum(sizes))
 
+    def used_within(self, seconds: float) -> bool:
+        """Whether a graph was written or read in the last `seconds`."""
+        files = self._files()
+        return bool(files) and time.time() - files[-1][0] < seconds
+
     def report(self) -> dict[str, str | int]:
         """Where graphs lie and how many, as plain data."""
         graphs, nbytes = self.stored()

@@ -142,6 +142,14 @@ def session() -> Session:
     return Session()
 
 
+def started() -> None:
+    """The host's server starts: with nothing got ready rather than not at all."""
+    try:
+        session().engine.started()
+    except Exception:
+        logger.debug("nothing could be got ready at the start", exc_info=True)
+
+
 def expect(config: OptimizeConfig) -> None:
     """A prompt with one of Blade's nodes begins; its models will run on the host's device.
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from blade.blade_core.host.model import Session
+from blade.blade_core.host.model import Session, started
 from blade.nodes.optimize_model import BladeOptimizeModel
 from blade.nodes.optimize_vae import BladeOptimizeVAE
 
@@ -64,3 +64,11 @@ def test_a_bad_variable_is_left_to_the_node(
     monkeypatch.setenv("BLADE_COMPILE_WORKERS", "many")
     assert BladeOptimizeModel.IS_CHANGED(**INPUTS) == ""
     assert not imported(session)
+
+
+def test_a_start_that_fails_is_no_error(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise OSError("the folder is gone")
+
+    monkeypatch.setattr(session.engine, "started", fails)
+    started()

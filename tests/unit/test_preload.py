@@ -1,6 +1,8 @@
 """Importing the compiler beside the host's own work."""
 
+import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,27 @@ def test_a_first_image_in_the_background_does_not_wait_for_an_import(tmp_path: P
     engine.expect(background, CPU)
     assert engine._preload._thread is not None
     engine._preload.wait()
+
+
+@pytest.mark.parametrize("days, imports", [(None, False), (1, True), (8, False)])
+def test_who_used_graphs_lately_finds_the_compiler_imported(
+    tmp_path: Path, days: int | None, imports: bool
+) -> None:
+    engine = Engine(store=(tmp_path, 2**30))
+    if days is not None:
+        engine.store.write(request_of().key, b"a graph of an earlier life")  # type: ignore[union-attr]
+        (file,) = tmp_path.iterdir()
+        then = time.time() - days * 24 * 3600
+        os.utime(file, (then, then))
+    engine.started()
+    assert (engine._preload._thread is not None) == imports
+    engine._preload.wait()
+
+
+def test_without_graphs_on_disk_a_start_imports_nothing() -> None:
+    engine = Engine()
+    engine.started()
+    assert engine._preload._thread is None
 
 
 def test_nothing_is_imported_for_who_does_not_compile() -> None:
