@@ -141,7 +141,8 @@ def _starts(rows: Sequence[Row]) -> list[str]:
     """What a restarted process costs."""
     about = """\
 The first image of a new process. *blade* finds nothing on disk and compiles; *blade-restart* is a
-process after it, which finds what *blade* left. The model's way to the GPU is in all of them."""
+process after it, which finds what *blade* left; *blade-restart-idle* is one that has got ready, as
+a server does until its first prompt comes. The model's way to the GPU is in all of them."""
     lines = ["## Start and restart", "", about]
     systems = ("eager", "blade", "blade-restart")
     for scenario in MAIN_SCENARIOS:

@@ -33,6 +33,8 @@ class System:
     """Whether torch.compile guards its graphs: another shape must not make them dynamic."""
     restart: bool = False
     """Whether graphs of an earlier process are on disk."""
+    idle: bool = False
+    """Whether Blade has got ready before the first prompt, as in a server that waits for it."""
     allocator: str = "stock"
     """The allocator that it needs, where the host's choice does not work with it."""
 
@@ -140,6 +142,7 @@ SYSTEMS: dict[str, System] = {
     "blade": _blade(),
     # In a new process, with the graphs that "blade" left on disk in the same run.
     "blade-restart": replace(_blade(), restart=True),
+    "blade-restart-idle": replace(_blade(), restart=True, idle=True),
     # Sampling as stock until other processes have compiled everything.
     "blade-background": _blade(compile="background"),
     # Without CUDA graphs: every kernel is launched from Python.

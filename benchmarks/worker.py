@@ -32,7 +32,7 @@ def main() -> None:
     from benchmarks.systems import REFERENCE, find_system
 
     system = find_system(options.system)
-    os.environ["BLADE_CACHE_DIR"] = str(_disk(options))
+    os.environ["BLADE_CACHE_DIR"] = str(_disk(options, system))
     arguments = _CPU if options.dry_run else _ALLOCATORS[_allocator(options, system)]
     _import_host(options.comfy, [*arguments, *system.arguments])
     import torch
@@ -56,9 +56,9 @@ def main() -> None:
             print(MARK + json.dumps({"scenario": name, **row}), flush=True)
 
 
-def _disk(options: argparse.Namespace) -> Path:
+def _disk(options: argparse.Namespace, system: Any) -> Path:
     """Where Blade keeps its graphs: nowhere twice, but for what stands for a restart."""
-    lasting = options.system in ("blade", "blade-restart")
+    lasting = options.system == "blade" or system.restart
     name = options.scenarios.split(",")[0] if lasting else str(os.getpid())
     folder: Path = options.shared / f"graphs-{name}"
     return folder
