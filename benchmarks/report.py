@@ -120,9 +120,8 @@ def _kernels(rows: Sequence[Row]) -> list[str]:
     """What each kernel gives alone, and all together; of runs that measured Blade without any."""
     about = """\
 Blade without any of its own kernels, with one of them, with all but one where that was measured,
-and with all. *Gained* is the GPU's time against without any. Together they gain more than one by
-one: what one leaves out, such as a bias, the next takes up, and where no kernel needs its counter
-cleared the GPU does not stop."""
+and with all. *Gained* is the GPU's time against without any. All together need not gain the sum of
+what each gains alone: some hand work on, as a product does its bias to the sum or norm behind it."""
     lines = ["## Blade's own kernels", "", about]
     wanted = (NO_KERNELS, *KERNELS, *WITHOUT, "blade")
     for scenario in MAIN_SCENARIOS:
