@@ -121,7 +121,7 @@ def _kernels(rows: Sequence[Row]) -> list[str]:
     about = """\
 Blade without any of its own kernels, with one of them, with all but one where that was measured,
 and with all. *Gained* is the GPU's time against without any. All together need not gain the sum of
-what each gains alone: some hand work on, as a product does its bias to the sum or norm behind it."""
+what each gains alone: some hand work on, as a product does its bias to the sum or norm behind."""
     lines = ["## Blade's own kernels", "", about]
     wanted = (NO_KERNELS, *KERNELS, *WITHOUT, "blade")
     for scenario in MAIN_SCENARIOS:
