@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from .backends.inductor import InductorBackend
 from .cache import WAIT_SECONDS, GraphCache
 from .config import OptimizeConfig, graph_cache_bytes
 from .counters import Counters
+from .early import EarlyGraphs
 from .errors import (
     BackendUnavailable,
     CompileFailed,
@@ -65,6 +67,7 @@ class Engine:
         self._compiling = threading.Lock()
         self.jobs = Jobs(self.store)
         self._preload = Preload()
+        self.early = None if self.store is None else EarlyGraphs(self.store, self._compiling)
 
     def backends(self, config: OptimizeConfig, device: torch.device) -> tuple[Backend, ...]:
         """Return the backends that `config` allows on `device`, the one to try first in front.
@@ -91,11 +94,18 @@ class Engine:
             warn_once(f"{_cannot(config.backend, why_not)} Blade uses {usable[0].name} instead.")
         return usable[:1] if config.strict else usable
 
-    def started(self) -> None:
-        """The process has started. If graphs were used lately, they are going to be loaded again:
-        what that needs is imported while nobody waits."""
-        if self.store is not None and self.store.used_within(_LATELY_SECONDS):
+    def started(self, device: torch.device) -> None:
+        """The process has started. Graphs that were used lately are going to be needed again: the
+        compiler is imported, and for a GPU they are loaded, while nobody waits. (For a CPU,
+        torch compiles much of what it loads once more.)"""
+        if (
+            self.store is not None
+            and self.early is not None
+            and self.store.used_within(_LATELY_SECONDS)
+        ):
             self._preload.start(BACKENDS["inductor"])
+            if device.type == "cuda":
+                self.early.start(device, self._preload.wait)
 
     def expect(self, config: OptimizeConfig, device: torch.device) -> None:
         """A model is going to run on `device`: the compiler is imported while the host still loads
@@ -193,28 +203,41 @@ class Engine:
         key, start = request.key, time.perf_counter()
         made = self.jobs.take(key)
         if made is not None:
-            call = self._checked(backend, request, made.artifact)
+            call = self._checked(backend, request, partial(backend.load, made.artifact, request))
             if call is not None:
                 seconds = made.seconds + time.perf_counter() - start
                 self._note_compiled(key, seconds)
                 return Graph(key, call, len(made.artifact), seconds, backend.capturable)
         elif self.store is not None and key.frozen is None:
-            artifact = self.store.read(key)
-            call = None if artifact is None else self._checked(backend, request, artifact)
-            if artifact is not None and call is not None:
+            load, nbytes = self._stored(backend, request)
+            call = None if load is None else self._checked(backend, request, load)
+            if call is not None:
                 seconds = time.perf_counter() - start
                 self.counters.add("graphs_loaded")
                 self.counters.add_load_seconds(seconds)
                 logger.debug("loaded in %.2f s: %s", seconds, key)
-                return Graph(key, call, len(artifact), seconds, backend.capturable)
+                return Graph(key, call, nbytes, seconds, backend.capturable)
         return None
 
+    def _stored(
+        self, backend: Backend, request: GraphRequest
+    ) -> tuple[Callable[[], GraphFunction] | None, int]:
+        """How to load what is on disk, and how many bytes it has."""
+        assert self.store is not None and self.early is not None
+        early = self.early.take(request.key)
+        if early is not None:
+            return (lambda: early.call), early.nbytes
+        artifact = self.store.read(request.key)
+        if artifact is None:
+            return None, 0
+        return partial(backend.load, artifact, request), len(artifact)
+
     def _checked(
-        self, backend: Backend, request: GraphRequest, artifact: bytes
+        self, backend: Backend, request: GraphRequest, load: Callable[[], GraphFunction]
     ) -> GraphFunction | None:
-        """The function that is stored in `artifact`, if it does what the request's module does."""
+        """What `load` gives, if it does what the request's module does."""
         try:
-            call = backend.load(artifact, request)
+            call = load()
             difference = _difference(call, request)
         except NotPrivate as error:
             warn_once(str(error))

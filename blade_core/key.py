@@ -138,6 +138,13 @@ def environment(device: torch.device, host: tuple[str, ...] = ()) -> str:
     return " ".join((_machine(str(device)), *_switches(), *host))
 
 
+def is_for(text: str, backend: str, device: torch.device) -> bool:
+    """Whether `text` is that of a key for this machine's `device` and the compiler whose
+    fingerprint is `backend`. What of the switches and the host it counts is not looked at."""
+    start = f", {backend!r}, {_machine(str(device))!r}"[:-1]
+    return any(start + end in text for end in "' ")
+
+
 @lru_cache
 def _machine(device_name: str) -> str:
     device = torch.device(device_name)

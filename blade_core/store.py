@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -63,8 +64,7 @@ class GraphStore:
             head, _, artifact = read_private(path).partition(b"\n")
             damage = _damage(head, artifact, key)
             if damage is None:
-                with suppress(OSError):  # of a folder that may only be read
-                    os.utime(path)
+                self.touch(key)
                 return artifact
         except FileNotFoundError:  # another process made room
             return None
@@ -72,6 +72,24 @@ class GraphStore:
             damage = first_line(error)
         self.drop(key, damage)
         return None
+
+    def touch(self, key: GraphKey) -> None:
+        """The graph of `key` is used now."""
+        with suppress(OSError):  # of a folder that may only be read
+            os.utime(self._path(key))
+
+    def latest(self, count: int) -> Iterator[tuple[str, str, bytes]]:
+        """(id and text of the key, artifact) of the graphs used last, the latest first.
+
+        What is damaged is left out, for `read` to say so.
+        """
+        files = self._files() if self.folder.is_dir() and self._is_ours() else []
+        for _, _, path in reversed(files[-count:]):
+            with suppress(OSError, ValueError):
+                head, _, artifact = read_private(path).partition(b"\n")
+                found = json.loads(head)
+                if isinstance(found, dict) and found == found | _content(artifact):
+                    yield path.name.removesuffix(_SUFFIX), str(found.get("key")), artifact
 
     def write(self, key: GraphKey, artifact: bytes) -> None:
         """Store the artifact of `key`; a disk that is full or read-only costs a warning."""
@@ -170,12 +188,15 @@ class GraphStore:
 
 def _manifest(key: GraphKey, artifact: bytes) -> dict[str, str | int]:
     return {
-        "format": FORMAT_VERSION,
         "label": key.label,
         "key": key.text,
-        "bytes": len(artifact),
-        "sha256": hashlib.sha256(artifact).hexdigest(),
+        **_content(artifact),
     }
+
+
+def _content(artifact: bytes) -> dict[str, str | int]:
+    digest = hashlib.sha256(artifact).hexdigest()
+    return {"format": FORMAT_VERSION, "bytes": len(artifact), "sha256": digest}
 
 
 def _damage(head: bytes, artifact: bytes, key: GraphKey) -> str | None:

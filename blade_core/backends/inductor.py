@@ -133,6 +133,12 @@ class InductorBackend:
             return build(trace())
 
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
+        return self.load_for(request.device, artifact, frozen=request.frozen)
+
+    def load_for(
+        self, device: torch.device, artifact: bytes, *, frozen: bool = False
+    ) -> GraphFunction:
+        """The same where there is no request yet."""
         from torch._inductor import CompiledArtifact, config
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -145,10 +151,10 @@ class InductorBackend:
                 file.write(artifact)
             # A GPU's kernels are in it. Torch would get a pool of processes ready to compile them
             # all the same, and while those import it, work of the host's on the CPU stands still.
-            no_pool = request.device.type == "cuda"
+            no_pool = device.type == "cuda"
             with config.patch(compile_threads=1) if no_pool else nullcontext():
                 loaded = CompiledArtifact.load(path=path)
-            return _function(loaded, frozen=request.frozen)
+            return _function(loaded, frozen=frozen)
 
 
 def _digest_packages() -> None:

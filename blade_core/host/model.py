@@ -80,6 +80,8 @@ class Session:
             for model in (*_all(self._unets), *_all(self._controlnets), *_all(self._vaes)):
                 model.drop_captures()
             engine.cache.clear()
+            if engine.early is not None:
+                engine.early.clear()
         if disk and engine.store is None:
             lines.append("Graphs on disk are turned off (BLADE_DISK_CACHE_MIB is 0).")
         elif disk and engine.store is not None:
@@ -145,7 +147,7 @@ def session() -> Session:
 def started() -> None:
     """The host's server starts: with nothing got ready rather than not at all."""
     try:
-        session().engine.started()
+        session().engine.started(get_torch_device())
     except Exception:
         logger.debug("nothing could be got ready at the start", exc_info=True)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from blade.blade_core.host.model import Session, started
 from blade.nodes.optimize_model import BladeOptimizeModel
@@ -67,7 +68,7 @@ def test_a_bad_variable_is_left_to_the_node(
 
 
 def test_a_start_that_fails_is_no_error(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> None:
+    def fails(_: torch.device) -> None:
         raise OSError("the folder is gone")
 
     monkeypatch.setattr(session.engine, "started", fails)

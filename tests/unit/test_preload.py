@@ -124,14 +124,14 @@ def test_who_used_graphs_lately_finds_the_compiler_imported(
         (file,) = tmp_path.iterdir()
         then = time.time() - days * 24 * 3600
         os.utime(file, (then, then))
-    engine.started()
+    engine.started(CPU)
     assert (engine._preload._thread is not None) == imports
     engine._preload.wait()
 
 
 def test_without_graphs_on_disk_a_start_imports_nothing() -> None:
     engine = Engine()
-    engine.started()
+    engine.started(CPU)
     assert engine._preload._thread is None
 
 

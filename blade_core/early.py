@@ -1,0 +1,90 @@
+"""Graphs that an earlier process used last, loaded while nobody waits for them.
+
+A server that has just started is idle until somebody has opened its page and queued a prompt.
+Whoever asks for one of these graphs then takes it; what nobody asks for stays, within a bound.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .backends.inductor import InductorBackend
+from .graph import GraphFunction
+from .key import GraphKey, is_for
+from .log import logger
+from .store import GraphStore
+
+_MOST = 64
+"""How many graphs: those of two or three models, or sizes of one."""
+
+
+class Early(NamedTuple):
+    """A graph that nobody has asked for yet; `key` is the text of its key."""
+
+    key: str
+    call: GraphFunction
+    nbytes: int
+
+
+class EarlyGraphs:
+    """What a thread has loaded from `store`, one graph at a time under `alone`."""
+
+    def __init__(self, store: GraphStore, alone: threading.Lock) -> None:
+        self._store, self._alone = store, alone
+        self._graphs: dict[str, Early] = {}
+        self._asked: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._ended = False
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def start(self, device: torch.device, ready: Callable[[], None]) -> None:
+        """Load what `device` can run, once `ready` returns; once a process."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._load, args=(device, ready), name="blade-load", daemon=True
+            )
+            self._thread.start()
+
+    def take(self, key: GraphKey) -> Early | None:
+        """The graph of `key`, if it is there already; it is not going to be loaded any more."""
+        self._asked.add(key.id)
+        found = self._graphs.pop(key.id, None)
+        if found is None or found.key != key.text:
+            return None
+        self._store.touch(key)
+        return found
+
+    def clear(self) -> None:
+        """Forget what was loaded, and load no more."""
+        self._ended = True
+        with self._alone:
+            self._graphs.clear()
+
+    def wait(self) -> None:
+        """Return when nothing is being loaded any more."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _load(self, device: torch.device, ready: Callable[[], None]) -> None:
+        ready()
+        if device.type == "cuda":
+            torch.empty(0, device=device).new_zeros(1)  # a new thread has no context of the GPU
+        backend = InductorBackend()
+        for id, key, artifact in self._store.latest(_MOST):
+            if id in self._asked or not is_for(key, backend.fingerprint(), device):
+                continue
+            with self._alone:
+                if self._ended:
+                    return
+                try:
+                    call = backend.load_for(device, artifact)
+                except Exception:  # whatever unpickling raises; who needs it will say so
+                    logger.debug("%s cannot be loaded early", id, exc_info=True)
+                    continue
+                self._graphs[id] = Early(key, call, len(artifact))
