@@ -11,8 +11,10 @@ import torch
 from blade_tests.host.tiny import SD15, conditioning, make_model, relative_rms, sample
 from torch._inductor.async_compile import AsyncCompile, CompiledTritonKernels
 
+from blade.blade_core.backends.inductor import InductorBackend
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
+from blade.blade_core.host import model as blade_model
 from blade.blade_core.host.model import Session, optimize_model
 from blade.blade_core.kernels.joint_linear import as_one
 
@@ -99,6 +101,35 @@ def test_offloaded_weights_use_the_same_graphs(
         assert relative_rms(_run(optimized), stock) <= BOUND
     assert model.model.model_lowvram
     assert any(p.device.type == "cpu" for p in model.model.diffusion_model.parameters())
+
+
+def test_graphs_of_an_earlier_process_are_there_when_they_are_asked_for(
+    session: Session, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread without a GPU context of its own loads them before any model is there."""
+    session.engine = Engine(store=(tmp_path, 2**30))
+    stock = _run(model)
+    _run(optimize_model(model, STRICT))
+    compiled = session.engine.counters["graphs_compiled"]
+    CompiledTritonKernels.cache_clear()
+
+    later = Session()
+    later.engine = Engine(store=(tmp_path, 2**30))
+    monkeypatch.setattr(blade_model, "session", lambda: later)
+    blade_model.started()
+    early = later.engine.early
+    assert early is not None
+    early.wait()
+    assert len(early) == compiled > 0
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded once more")
+
+    monkeypatch.setattr(InductorBackend, "load_for", load)
+    with later.engine.counters.expect(graphs_compiled=0, blocks_eager=0, artifacts_dropped=0):
+        assert relative_rms(_run(optimize_model(model, STRICT)), stock) <= BOUND
+    assert later.engine.counters["graphs_loaded"] == compiled
+    assert len(early) == 0
 
 
 def test_loading_needs_no_pool_of_compilers(
