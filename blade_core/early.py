@@ -77,11 +77,13 @@ class EarlyGraphs:
             torch.empty(0, device=device).new_zeros(1)  # a new thread has no context of the GPU
         backend = InductorBackend()
         for id, key, artifact in self._store.latest(_MOST):
-            if id in self._asked or not is_for(key, backend.fingerprint(), device):
+            if not is_for(key, backend.fingerprint(), device):
                 continue
             with self._alone:
                 if self._ended:
                     return
+                if id in self._asked:
+                    continue
                 try:
                     call = backend.load_for(device, artifact)
                 except Exception:  # whatever unpickling raises; who needs it will say so
