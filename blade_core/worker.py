@@ -9,6 +9,7 @@ and forks children, several at a time; elsewhere it does one job after the other
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import select
@@ -115,8 +116,11 @@ class _Child:
 def _by_children(jobs: IO[bytes], answers: IO[bytes], most: int) -> None:
     """A child lives as long as there is another job for it: getting a GPU ready takes each as long
     as a small graph does, and those that wait would hold memory of it."""
+    gc.disable()
     for backend in BACKENDS.values():
         backend.preload()
+    gc.freeze()  # what is there stays, and no child needs to look through it
+    gc.enable()
     children: list[_Child] = []
     ending: list[int] = []
     while True:
