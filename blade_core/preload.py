@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from .backends import Backend
 from .log import logger
 
-
 _TURN_SECONDS = 2e-4
 """How long a thread may compute while another waits for its turn. Loading a model is thousands of
 calls that leave Python and come back: with Python's 5 ms each, it would wait for the whole import.
