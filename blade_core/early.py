@@ -19,7 +19,9 @@ from .log import logger
 from .store import GraphStore
 
 _MOST = 64
-"""How many graphs: those of two or three models, or sizes of one."""
+_SECONDS = 3600.0
+"""How many graphs, and how long before the last of them they were asked for: those of a UNet, a
+VAE and another size, and not what was tried on other days."""
 
 
 class Early(NamedTuple):
@@ -76,7 +78,7 @@ class EarlyGraphs:
         if device.type == "cuda":
             torch.empty(0, device=device).new_zeros(1)  # a new thread has no context of the GPU
         backend = InductorBackend()
-        for id, key, artifact in self._store.latest(_MOST):
+        for id, key, artifact in self._store.latest(_MOST, _SECONDS):
             if not is_for(key, backend.fingerprint(), device):
                 continue
             with self._alone:

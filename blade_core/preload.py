@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from .backends import Backend
 from .log import logger
-
-_TURN_SECONDS = 2e-4
-"""How long a thread may compute while another waits for its turn. Loading a model is thousands of
-calls that leave Python and come back: with Python's 5 ms each, it would wait for the whole import.
-"""
 
 
 class Preload:
@@ -43,31 +34,6 @@ class Preload:
 
 def _preload(backend: Backend) -> None:
     try:
-        with _short_turns(), _young_garbage_only():
-            backend.preload()
+        backend.preload()
     except Exception:  # whatever a package raises; who needs the compiler meets it again
         logger.debug("%s cannot be imported beforehand", backend.name, exc_info=True)
-
-
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, _TURN_SECONDS))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-@contextmanager
-def _young_garbage_only() -> Iterator[None]:
-    """An import makes so many objects that Python looks through all of the host's, too, again and
-    again: a sixth of its time."""
-    if gc.get_freeze_count():  # somebody else's choice, which could not be given back
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

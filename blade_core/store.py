@@ -78,13 +78,16 @@ class GraphStore:
         with suppress(OSError):  # of a folder that may only be read
             os.utime(self._path(key))
 
-    def latest(self, count: int) -> Iterator[tuple[str, str, bytes]]:
-        """(id and text of the key, artifact) of the graphs used last, the latest first.
+    def latest(self, count: int, seconds: float) -> Iterator[tuple[str, str, bytes]]:
+        """(id and text of the key, artifact) of up to `count` graphs, the one used last in front,
+        and others that were used in the `seconds` before it.
 
         What is damaged is left out, for `read` to say so.
         """
         files = self._files() if self.folder.is_dir() and self._is_ours() else []
-        for _, _, path in reversed(files[-count:]):
+        for used, _, path in reversed(files[-count:]):
+            if used < files[-1][0] - seconds:
+                return
             with suppress(OSError, ValueError):
                 head, _, artifact = read_private(path).partition(b"\n")
                 found = json.loads(head)

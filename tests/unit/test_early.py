@@ -183,10 +183,10 @@ def test_nobody_compiles_meanwhile(filled: Path) -> None:
 def test_a_folder_of_others_is_not_read(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     store = GraphStore(tmp_path / "none", 2**30, Counters())
-    assert list(store.latest(9)) == []
+    assert list(store.latest(9, 9.0)) == []
     open_to_all = GraphStore(tmp_path, 2**30, Counters())
     (tmp_path / "0.graph").write_bytes(b"{}\n")
-    assert list(open_to_all.latest(9)) == []
+    assert list(open_to_all.latest(9, 9.0)) == []
 
 
 def test_the_latest_come_first(tmp_path: Path) -> None:
@@ -196,8 +196,10 @@ def test_the_latest_come_first(tmp_path: Path) -> None:
     for age, key in enumerate(keys):
         store.write(key, key.id.encode())
         os.utime(tmp_path / f"{key.id}.graph", (100 - age, 100 - age))
-    found = list(store.latest(2))
-    assert found == [(key.id, key.text, key.id.encode()) for key in keys[:2]]
+    each = [(key.id, key.text, key.id.encode()) for key in keys]
+    assert list(store.latest(2, 9.0)) == each[:2]
+    assert list(store.latest(9, 1.0)) == each[:2]
+    assert list(store.latest(9, 2.0)) == each
 
 
 def test_whose_a_key_is() -> None:

@@ -1,8 +1,6 @@
 """Importing the compiler beside the host's own work."""
 
-import gc
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -93,39 +91,6 @@ def test_what_cannot_be_imported_is_no_error_here() -> None:
     slow = Slow(error=OSError("no such library"))
     slow.go.set()
     started(slow).wait()
-
-
-@pytest.mark.parametrize("error", [None, OSError("no such library")])
-def test_meanwhile_others_get_their_turns_and_no_old_garbage_is_looked_for(
-    error: Exception | None,
-) -> None:
-    turn, frozen = sys.getswitchinterval(), gc.get_freeze_count()
-    seen: list[tuple[float, int]] = []
-    slow = Slow(error)
-    go_on = slow.preload
-
-    def look() -> None:
-        seen.append((sys.getswitchinterval(), gc.get_freeze_count()))
-        go_on()
-
-    slow.preload = look  # type: ignore[method-assign]
-    slow.go.set()
-    started(slow).wait()
-    assert seen[0][0] < turn / 10
-    assert seen[0][1] > frozen
-    assert (sys.getswitchinterval(), gc.get_freeze_count()) == (turn, frozen)
-
-
-def test_what_somebody_else_froze_stays_frozen() -> None:
-    gc.freeze()
-    try:
-        frozen = gc.get_freeze_count()
-        slow = Slow()
-        slow.go.set()
-        started(slow).wait()
-        assert gc.get_freeze_count() > frozen / 2  # of a few nobody knows any more
-    finally:
-        gc.unfreeze()
 
 
 def test_a_model_that_is_going_to_run_has_its_compiler_imported() -> None:
