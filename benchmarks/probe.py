@@ -5,11 +5,13 @@ measured.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ def main() -> None:
                 "cuda": torch.version.cuda,
                 "triton": _version("triton"),
                 "python": platform.python_version(),
+                "bytecode": _has_bytecode(),
                 "matrix_peak_tflops": round(_matrix_peak(cuda), 3),
                 "copy_gb_s": round(_copy_rate(), 1) if cuda else None,
             }
@@ -69,6 +72,14 @@ def _now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _has_bytecode() -> bool:
+    """Whether Python keeps what it makes of torch's source, as in any installation that was used
+    before. Importing the compiler leaves it there, or the first system that compiles would."""
+    import torch._inductor.compile_fx as compiler
+
+    return Path(importlib.util.cache_from_source(compiler.__file__)).is_file()
 
 
 def _version(name: str) -> Any:

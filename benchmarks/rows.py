@@ -71,6 +71,7 @@ FROM_RUN = (
     "cuda",
     "triton",
     "python",
+    "bytecode",
     "matrix_peak_tflops",
     "copy_gb_s",
     "comfyui",

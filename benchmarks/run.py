@@ -41,6 +41,8 @@ def main() -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     end = time.monotonic() + options.budget
+    # Making bytecode of torch's source at each start takes seconds: users' machines keep it.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     common = _common(options)
     if common["gpu"] is None:
         print("bench: there is no CUDA GPU here; --dry-run tries everything on the CPU.")
