@@ -117,22 +117,21 @@ def _batch(rows: Sequence[Row], scenario: str) -> list[str]:
 
 
 def _kernels(rows: Sequence[Row]) -> list[str]:
-    """What each kernel gives alone, and all together; of runs that measured Blade without any."""
+    """What each kernel gives alone, and what it is worth beside the others."""
     about = """\
-Blade without any of its own kernels, with one of them, with all but one where that was measured,
-and with all. *Gained* is the GPU's time against without any. All together need not gain the sum of
-what each gains alone: some hand work on, as a product does its bias to the sum or norm behind."""
+Blade without any of its own kernels, with one of them, and with all; and with all but one. *Gained*
+is the GPU's time against without any, *worth* against with all. All need not gain the sum of what
+each gains alone: some hand work on, as a product does its bias to the sum or norm behind."""
     lines = ["## Blade's own kernels", "", about]
-    wanted = (NO_KERNELS, *KERNELS, *WITHOUT, "blade")
     for scenario in MAIN_SCENARIOS:
-        runs = {
-            row["run"] for row in rows if (row["scenario"], row["system"]) == (scenario, NO_KERNELS)
-        }
-        chosen = select([row for row in rows if row["run"] in runs], [scenario], wanted)
-        present = [system for system in wanted if chosen.row(scenario, system)]
-        if present:
-            table = tables.kernels(chosen, scenario, present, NO_KERNELS)
-            lines += ["", *table, *_source(chosen)]
+        for systems, base in (((NO_KERNELS, *KERNELS, "blade"), NO_KERNELS), (WITHOUT, "blade")):
+            wanted = dict.fromkeys((*systems, "blade"))
+            telling = {row["run"] for row in rows if row["system"] in {*systems} - {"blade"}}
+            chosen = select([r for r in rows if r["run"] in telling], [scenario], [*wanted])
+            present = [system for system in wanted if chosen.row(scenario, system)]
+            if len(present) > 1:
+                table = tables.kernels(chosen, scenario, present, base)
+                lines += ["", *table, *_source(chosen)]
     return lines
 
 

@@ -137,20 +137,22 @@ def starts(rows: Selection, scenario: str, systems: Sequence[str]) -> list[str]:
     return table([title(scenario), *(heading for heading, *_ in columns)], lines)
 
 
-def kernels(rows: Selection, scenario: str, systems: Sequence[str], without: str) -> list[str]:
-    """What systems with some of Blade's own kernels gain over the one `without` any."""
-    plain = rows.value(scenario, without, "step_kernel_ms")
+def kernels(rows: Selection, scenario: str, systems: Sequence[str], base: str) -> list[str]:
+    """What systems with some of Blade's own kernels gain over `base`, without any; or, where that
+    is Blade with all of them, what each is worth that a system is without."""
+    against = rows.value(scenario, base, "step_kernel_ms")
+    name, sign = ("worth", 1) if base == "blade" else ("gained", -1)
 
-    def gained(system: str) -> str:
+    def difference(system: str) -> str:
         busy = rows.value(scenario, system, "step_kernel_ms")
-        if busy is None or plain is None or system == without:
+        if busy is None or against is None or system == base:
             return NONE
-        return number(plain - busy, " ms", 2)
+        return number(sign * (busy - against), " ms", 2)
 
     columns: tuple[Column, ...] = (
         ("step", _cell(rows, scenario, "step_ms", " ms")),
         ("GPU busy", _cell(rows, scenario, "step_kernel_ms", " ms")),
-        ("gained", gained),
+        (name, difference),
         ("kernels", _cell(rows, scenario, "kernels_per_step", digits=0)),
         ("latents", _latents(rows, scenario)),
     )

@@ -234,6 +234,13 @@ def test_the_report_says_what_a_kernel_gives_alone() -> None:
     assert f"| {NO_KERNELS} | 2.00 ms | 6.00 ms | {none} | 600 | {none} |" in text
     assert f"| blade-geglu | 2.00 ms | 5.50 ms | 0.50 ms | 600 | {none} |" in text
     assert f"| blade | 2.00 ms | 5.00 ms | 1.00 ms | 600 | {none} |" in text
+    assert "| worth |" not in text
+    beside = (("blade-without-geglu", 5.25), ("blade", 5.0))
+    found += [row("s", "sd15-512-b1", system, step_kernel_ms=busy) for system, busy in beside]
+    text = report.document(found)
+    assert f"| blade-without-geglu | 2.00 ms | 5.25 ms | 0.25 ms | {none} | {none} |" in text
+    assert f"| blade | 2.00 ms | 5.00 ms | {none} | {none} | {none} |" in text
+    assert f"| {NO_KERNELS} | 2.00 ms | 6.00 ms | {none} | 600 | {none} |" in text
 
 
 @pytest.mark.parametrize(
