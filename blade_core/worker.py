@@ -28,6 +28,9 @@ FORKS = hasattr(os, "fork")
 _LENGTH = struct.Struct("<Q")
 _IDLE_SECONDS = 60.0
 """On a GPU a process that has compiled holds half a gigabyte."""
+_PARENT_SECONDS = 300.0
+"""One that forks never asks a GPU: it holds 0.3 GiB of main memory, and another size, minutes after
+the first, would wait for its imports again."""
 
 
 class Job(NamedTuple):
@@ -126,7 +129,7 @@ def _by_children(jobs: IO[bytes], answers: IO[bytes], most: int) -> None:
     while True:
         ending = [process for process in ending if os.waitpid(process, os.WNOHANG)[0] == 0]
         wanted: list[Any] = [*children, *([jobs] if len(children) < most else [])]
-        ready = select.select(wanted, [], [], _IDLE_SECONDS)[0]
+        ready = select.select(wanted, [], [], _PARENT_SECONDS)[0]
         if not ready and not children:
             return
         free: list[_Child] = []

@@ -70,6 +70,24 @@ def children(*bursts: list[str]) -> list[str]:
     return result
 
 
+_IDLE = """
+import os, time
+from blade.blade_core import worker
+from blade.blade_core.backends import BACKENDS
+
+BACKENDS.clear()
+worker._PARENT_SECONDS = 0.3
+jobs, to_worker = os.pipe()
+start = time.monotonic()
+worker._by_children(os.fdopen(jobs, "rb", buffering=0), open(os.devnull, "wb"), 2)
+print(0.3 <= time.monotonic() - start < 10)
+"""
+
+
+def test_a_process_without_work_ends() -> None:
+    assert in_new_process(_IDLE) == "True"
+
+
 def test_a_child_goes_on_while_there_is_work() -> None:
     assert len(set(children(["ok 0.2"] * 6))) == 2
 
