@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from blade_tests.host.tiny import conditioning, relative_rms, sample
+from blade_tests.unit.samples import CPU, request_of
 
+from blade.blade_core.backends import BACKENDS
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
 from blade.blade_core.errors import InvalidChoice
@@ -114,3 +117,22 @@ def test_graphs_on_disk_outlive_the_memory(session: Session, sd15: Any, tmp_path
     session.clear(disk=False, memory=True)
     with counters.expect(graphs_compiled=graphs, graphs_loaded=0):
         assert torch.equal(sample(model), first)
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+def test_graphs_that_were_loaded_ahead_are_deleted_too(
+    session: Session, tmp_path: Path, place: str
+) -> None:
+    inductor = BACKENDS["inductor"]
+    request = request_of()
+    request = replace(request, key=replace(request.key, backend=inductor.fingerprint()))
+    ask: dict[str, Any] = {"checkpoint": lambda: None, "announce": lambda key: None}
+    Engine(store=(tmp_path, 2**30)).graph(request.key, inductor, lambda: request, **ask)
+    session.engine = engine = Engine(store=(tmp_path, 2**30))
+    assert engine.early is not None
+    engine.early.start(CPU, lambda: None)
+    engine.early.wait()
+    assert len(engine.early) == 1
+    (line,) = session.clear(disk=place == "disk", memory=place == "memory")
+    assert line.startswith("1 graphs")
+    assert len(engine.early) == 0
