@@ -123,16 +123,7 @@ class Unit:
         self._resident = ()
 
     def __call__(self, args: Sequence[Any], run: RunContext) -> torch.Tensor:
-        inputs = []
-        signature: list[Any] = []
-        for value in args:
-            if isinstance(value, torch.Tensor):
-                tensor = in_format(value, run.memory_format)
-                inputs.append(tensor)
-                signature += (tensor.shape, tensor.dtype)
-            else:
-                signature.append(value)
-        key = tuple(signature)
+        key, inputs = _read(args, run.memory_format)
         graph = self.graphs.get(key)
         if self.weights.resident:
             if graph is None:
@@ -148,6 +139,7 @@ class Unit:
                     return graph.call(weights, inputs)
             finally:
                 self.weights.release(held)
+        del inputs  # in other strides they are copies, memory that stock does not take
         run.pending = True
         result: torch.Tensor = self.step.unit(*args)
         return result
@@ -225,3 +217,19 @@ class Unit:
             run.engine.counters.add("frozen_rebuilds")
         if key.frozen is not None:
             self._frozen_keys[signature] = key
+
+
+def _read(
+    args: Sequence[Any], memory_format: torch.memory_format
+) -> tuple[Signature, list[torch.Tensor]]:
+    """The signature of a call with `args`, and the tensors among them in `memory_format`."""
+    inputs: list[torch.Tensor] = []
+    signature: list[Any] = []
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            tensor = in_format(value, memory_format)
+            inputs.append(tensor)
+            signature += (tensor.shape, tensor.dtype)
+        else:
+            signature.append(value)
+    return tuple(signature), inputs
