@@ -7,6 +7,7 @@ Whoever asks for one of these graphs then takes it; what nobody asks for stays, 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ class EarlyGraphs:
         ready()
         if device.type == "cuda":
             torch.empty(0, device=device).new_zeros(1)  # a new thread has no context of the GPU
-        backend = InductorBackend()
+        backend, count, start = InductorBackend(), 0, time.perf_counter()
         for id, key, artifact in self._store.latest(_MOST, _SECONDS):
             if not is_for(key, backend.fingerprint(), device):
                 continue
@@ -92,3 +93,7 @@ class EarlyGraphs:
                     logger.debug("%s cannot be loaded early", id, exc_info=True)
                     continue
                 self._graphs[id] = Early(key, call, len(artifact))
+                count += 1
+        if count:
+            seconds = time.perf_counter() - start
+            logger.info("%d graphs of last time loaded in %.1f s", count, seconds)

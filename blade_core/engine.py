@@ -15,6 +15,7 @@ import torch
 from .backends import BACKENDS, Backend
 from .backends.inductor import InductorBackend
 from .cache import WAIT_SECONDS, GraphCache
+from .check import difference_of, tolerance
 from .config import OptimizeConfig, graph_cache_bytes
 from .counters import Counters
 from .early import EarlyGraphs
@@ -29,7 +30,7 @@ from .errors import (
 )
 from .graph import Graph, GraphFunction, GraphRequest
 from .jobs import Jobs
-from .key import GraphKey, allow_tf32
+from .key import GraphKey
 from .log import logger, warn_once
 from .preload import Preload
 from .store import GraphStore
@@ -38,20 +39,6 @@ _ORDER = ("torch_blade", "inductor")
 """Which compiler is asked first, by `auto` and after a chosen one that cannot run."""
 
 _LATELY_SECONDS = 7 * 24 * 3600.0
-
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-_TF32_TOLERANCE = 2e-3
-
-
-def tolerance(tensor: torch.Tensor) -> float:
-    """Relative RMS by which a graph may differ from the same module run eager on `tensor`.
-
-    Fused kernels round less often than eager ones: single units differ by about 1e-6 (fp32) to
-    1e-3 (fp16). On a GPU fp32 products may be TF32, by whichever kernel is chosen.
-    """
-    if tensor.is_cuda and tensor.dtype == torch.float32 and any(allow_tf32()):
-        return _TF32_TOLERANCE
-    return _TOLERANCE.get(tensor.dtype, 1e-2)
 
 
 class Engine:
@@ -238,7 +225,7 @@ class Engine:
         """What `load` gives, if it does what the request's module does."""
         try:
             call = load()
-            difference = _difference(call, request)
+            difference = difference_of(call, request)
         except NotPrivate as error:
             warn_once(str(error))
             return None
@@ -266,7 +253,7 @@ class Engine:
         start = time.perf_counter()
         try:
             compiled = backend.compile(request)
-            difference = _difference(compiled.call, request)
+            difference = difference_of(compiled.call, request)
         except CompileFailed:
             raise
         except Exception as error:  # whatever a compiler raises, stock ComfyUI would not have
@@ -307,27 +294,6 @@ def _chosen(name: str, config: OptimizeConfig) -> Backend:
     if isinstance(backend, InductorBackend):
         return replace(backend, kernels=config.kernels)
     return backend
-
-
-def _difference(
-    call: Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], torch.Tensor],
-    request: GraphRequest,
-) -> float | None:
-    """Relative RMS between graph and eager module on the live inputs, if it is too large."""
-    expected = request.eager(request.weights, request.inputs)
-    actual = call(request.weights, request.inputs)
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return float("inf")
-    if not expected.is_floating_point():
-        expected, actual = expected.float(), actual.float()
-    # Sums of squares in fp32, without a copy in fp32: a VAE's images are gigabytes.
-    wide = torch.promote_types(expected.dtype, torch.float32)
-    scale = torch.linalg.vector_norm(expected, dtype=wide)
-    if not torch.isfinite(scale):
-        return None  # a model that overflows gives no reference
-    least = 1e-12 * expected.numel() ** 0.5
-    error = float(torch.linalg.vector_norm(actual - expected, dtype=wide) / scale.clamp_min(least))
-    return None if error <= tolerance(request.inputs[0]) else error
 
 
 def _failure(backend: str, request: GraphRequest, error: Exception) -> CompileFailed:

@@ -21,6 +21,7 @@ from blade.blade_core.early import EarlyGraphs
 from blade.blade_core.engine import Engine
 from blade.blade_core.graph import Graph, GraphRequest
 from blade.blade_core.key import is_for
+from blade.blade_core.log import logger
 from blade.blade_core.store import GraphStore
 
 INDUCTOR = BACKENDS["inductor"]
@@ -61,10 +62,14 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_inductor
-def test_who_asks_takes_what_is_there(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_asks_takes_what_is_there(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     engine, request = engine_of(filled), request_of(Unit())
-    early = started(engine)
+    with caplog.at_level("INFO", logger=logger.name):
+        early = started(engine)
     assert len(early) == 1
+    assert "1 graphs of last time loaded in" in caplog.text
     (file,) = filled.iterdir()
     os.utime(file, (1, 1))
 
