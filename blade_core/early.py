@@ -34,10 +34,10 @@ class Early(NamedTuple):
 
 
 class EarlyGraphs:
-    """What a thread has loaded from `store`, one graph at a time under `alone`."""
+    """What a thread has loaded, one graph at a time under `alone`."""
 
-    def __init__(self, store: GraphStore, alone: threading.Lock) -> None:
-        self._store, self._alone = store, alone
+    def __init__(self, alone: threading.Lock) -> None:
+        self._alone = alone
         self._graphs: dict[str, Early] = {}
         self._asked: set[str] = set()
         self._thread: threading.Thread | None = None
@@ -46,11 +46,11 @@ class EarlyGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def start(self, device: torch.device, ready: Callable[[], None]) -> None:
-        """Load what `device` can run, once `ready` returns; once a process."""
+    def start(self, store: GraphStore, device: torch.device, ready: Callable[[], None]) -> None:
+        """Load from `store` what `device` can run, once `ready` returns; once a process."""
         if self._thread is None:
             self._thread = threading.Thread(
-                target=self._load, args=(device, ready), name="blade-load", daemon=True
+                target=self._load, args=(store, device, ready), name="blade-load", daemon=True
             )
             self._thread.start()
 
@@ -58,10 +58,7 @@ class EarlyGraphs:
         """The graph of `key`, if it is there already; it is not going to be loaded any more."""
         self._asked.add(key.id)
         found = self._graphs.pop(key.id, None)
-        if found is None or found.key != key.text:
-            return None
-        self._store.touch(key)
-        return found
+        return found if found is not None and found.key == key.text else None
 
     def clear(self) -> None:
         """Forget what was loaded, and load no more."""
@@ -74,12 +71,12 @@ class EarlyGraphs:
         if self._thread is not None:
             self._thread.join()
 
-    def _load(self, device: torch.device, ready: Callable[[], None]) -> None:
+    def _load(self, store: GraphStore, device: torch.device, ready: Callable[[], None]) -> None:
         ready()
         if device.type == "cuda":
             torch.empty(0, device=device).new_zeros(1)  # a new thread has no context of the GPU
         backend, count, start = InductorBackend(), 0, time.perf_counter()
-        for id, key, artifact in self._store.latest(_MOST, _SECONDS):
+        for id, key, artifact in store.latest(_MOST, _SECONDS):
             if not is_for(key, backend.fingerprint(), device):
                 continue
             with self._alone:

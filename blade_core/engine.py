@@ -54,7 +54,7 @@ class Engine:
         self._compiling = threading.Lock()
         self.jobs = Jobs(self.store)
         self._preload = Preload()
-        self.early = None if self.store is None else EarlyGraphs(self.store, self._compiling)
+        self.early = EarlyGraphs(self._compiling)
 
     def backends(self, config: OptimizeConfig, device: torch.device) -> tuple[Backend, ...]:
         """Return the backends that `config` allows on `device`, the one to try first in front.
@@ -85,14 +85,10 @@ class Engine:
         """The process has started. Graphs that were used lately are going to be needed again: the
         compiler is imported, and for a GPU they are loaded, while nobody waits. (For a CPU,
         torch compiles much of what it loads once more.)"""
-        if (
-            self.store is not None
-            and self.early is not None
-            and self.store.used_within(_LATELY_SECONDS)
-        ):
+        if self.store is not None and self.store.used_within(_LATELY_SECONDS):
             self._preload.start(BACKENDS["inductor"])
             if device.type == "cuda":
-                self.early.start(device, self._preload.wait)
+                self.early.start(self.store, device, self._preload.wait)
 
     def expect(self, config: OptimizeConfig, device: torch.device) -> None:
         """A model is going to run on `device`: the compiler is imported while the host still loads
@@ -196,7 +192,7 @@ class Engine:
                 self._note_compiled(key, seconds)
                 return Graph(key, call, len(made.artifact), seconds, backend.capturable)
         elif self.store is not None and key.frozen is None:
-            load, nbytes = self._stored(backend, request)
+            load, nbytes = self._stored(self.store, backend, request)
             call = None if load is None else self._checked(backend, request, load)
             if call is not None:
                 seconds = time.perf_counter() - start
@@ -207,14 +203,14 @@ class Engine:
         return None
 
     def _stored(
-        self, backend: Backend, request: GraphRequest
+        self, store: GraphStore, backend: Backend, request: GraphRequest
     ) -> tuple[Callable[[], GraphFunction] | None, int]:
         """How to load what is on disk, and how many bytes it has."""
-        assert self.store is not None and self.early is not None
         early = self.early.take(request.key)
         if early is not None:
+            store.touch(request.key)
             return (lambda: early.call), early.nbytes
-        artifact = self.store.read(request.key)
+        artifact = store.read(request.key)
         if artifact is None:
             return None, 0
         return partial(backend.load, artifact, request), len(artifact)

@@ -29,8 +29,8 @@ _LENGTH = struct.Struct("<Q")
 _IDLE_SECONDS = 60.0
 """On a GPU a process that has compiled holds half a gigabyte."""
 _PARENT_SECONDS = 300.0
-"""One that forks never asks a GPU: it holds 0.3 GiB of main memory, and another size, minutes after
-the first, would wait for its imports again."""
+"""One that forks never asks a GPU: it holds some 0.3 GiB of main memory (seen with torch for CPUs),
+and another size, minutes after the first, would wait for its imports again."""
 
 
 class Job(NamedTuple):

@@ -75,15 +75,13 @@ class Session:
     def clear(self, *, disk: bool, memory: bool) -> list[str]:
         """Delete compiled graphs; return a line on each place that had some to delete."""
         engine, lines = self.engine, []
-        early = engine.early
         if memory:
-            count = len(engine.cache) + (0 if early is None else len(early))
-            lines.append(f"{count} graphs deleted from memory.")
+            lines.append(f"{len(engine.cache) + len(engine.early)} graphs deleted from memory.")
             for model in (*_all(self._unets), *_all(self._controlnets), *_all(self._vaes)):
                 model.drop_captures()
             engine.cache.clear()
-        if early is not None and (disk or memory):  # from there, and here
-            early.clear()
+        if disk or memory:  # from there, and here
+            engine.early.clear()
         if disk and engine.store is None:
             lines.append("Graphs on disk are turned off (BLADE_DISK_CACHE_MIB is 0).")
         elif disk and engine.store is not None:

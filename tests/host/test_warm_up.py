@@ -129,8 +129,8 @@ def test_graphs_that_were_loaded_ahead_are_deleted_too(
     ask: dict[str, Any] = {"checkpoint": lambda: None, "announce": lambda key: None}
     Engine(store=(tmp_path, 2**30)).graph(request.key, inductor, lambda: request, **ask)
     session.engine = engine = Engine(store=(tmp_path, 2**30))
-    assert engine.early is not None
-    engine.early.start(CPU, lambda: None)
+    assert engine.store is not None
+    engine.early.start(engine.store, CPU, lambda: None)
     engine.early.wait()
     assert len(engine.early) == 1
     (line,) = session.clear(disk=place == "disk", memory=place == "memory")

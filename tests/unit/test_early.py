@@ -46,8 +46,8 @@ def get(engine: Engine, request: GraphRequest) -> Graph:
 
 
 def started(engine: Engine) -> EarlyGraphs:
-    assert engine.early is not None
-    engine.early.start(CPU, lambda: None)
+    assert engine.store is not None
+    engine.early.start(engine.store, CPU, lambda: None)
     engine.early.wait()
     return engine.early
 
@@ -117,8 +117,8 @@ def left(folder: Path, content: bytes) -> EarlyGraphs:
     """What is loaded of a folder that holds the file of `request_of()` with such content."""
     folder.chmod(0o700)
     (folder / f"{request_of().key.id}.graph").write_bytes(content)
-    early = EarlyGraphs(GraphStore(folder, 2**30, Counters()), threading.Lock())
-    early.start(CPU, lambda: None)
+    early = EarlyGraphs(threading.Lock())
+    early.start(GraphStore(folder, 2**30, Counters()), CPU, lambda: None)
     early.wait()
     return early
 
@@ -161,12 +161,12 @@ def test_what_cannot_be_loaded_is_left_to_who_needs_it(filled: Path, tmp_path: P
 @needs_inductor
 def test_cleared_nothing_more_is_loaded(filled: Path) -> None:
     engine, go = engine_of(filled), threading.Event()
-    assert engine.early is not None
+    assert engine.store is not None
 
     def ready() -> None:
         assert go.wait(20)
 
-    engine.early.start(CPU, ready)
+    engine.early.start(engine.store, CPU, ready)
     engine.early.clear()
     go.set()
     engine.early.wait()
@@ -176,9 +176,9 @@ def test_cleared_nothing_more_is_loaded(filled: Path) -> None:
 @needs_inductor
 def test_nobody_compiles_meanwhile(filled: Path) -> None:
     engine = engine_of(filled)
-    assert engine.early is not None
+    assert engine.store is not None
     with engine._compiling:
-        engine.early.start(CPU, lambda: None)
+        engine.early.start(engine.store, CPU, lambda: None)
         time.sleep(0.5)
         assert len(engine.early) == 0
     engine.early.wait()
