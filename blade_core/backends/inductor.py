@@ -27,6 +27,7 @@ from ..key import set_switches, switches
 from ..log import warn_once
 from ..private import why_not_private
 from ..travel import pack, unpack
+from .contextless import without_context
 
 # For inference, one graph a unit, launched one by one, where launches cost more than kernels;
 # measured in docs/log.md.
@@ -110,9 +111,10 @@ class InductorBackend:
     def compile_job(self, job: bytes) -> bytes:
         todo = _Job(*pickle.loads(job))
         set_switches(todo.switches)
-        first = next(iter(todo.trace().graph.nodes)).meta["val"]
         build = replace(self, kernels=todo.kernels)._with_kernels
-        return build(first.device, todo.trace, _build_alone)
+        with without_context():
+            first = next(iter(todo.trace().graph.nodes)).meta["val"]
+            return build(first.device, todo.trace, _build_alone)
 
     def _with_kernels(
         self,
