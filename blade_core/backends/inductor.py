@@ -27,7 +27,7 @@ from ..key import set_switches, switches
 from ..log import warn_once
 from ..private import why_not_private
 from ..travel import pack, unpack
-from .contextless import without_context
+from .compile_only import compile_only
 
 # For inference, one graph a unit, launched one by one, where launches cost more than kernels;
 # measured in docs/log.md.
@@ -41,6 +41,11 @@ _OPTIONS: dict[str, Any] = {
     # A GroupNorm in two kernels instead of four: each reduction fills the GPU in one go. (Not so
     # for images as large as a VAE's, see _patches.)
     "split_reductions": False,
+    # One configuration for each kernel that goes through elements one by one. Of several, each is
+    # compiled, and all are run while other processes use the GPU: not the time to compare them.
+    "triton.autotune_pointwise": False,
+    # For the same reason no product is tried with padded sizes: rows of weights are aligned.
+    "shape_padding": False,
     # On channels-last data a 1x1 convolution is a matrix product without any copy.
     "conv_1x1_as_mm": True,
 }
@@ -112,7 +117,7 @@ class InductorBackend:
         todo = _Job(*pickle.loads(job))
         set_switches(todo.switches)
         build = replace(self, kernels=todo.kernels)._with_kernels
-        with without_context():
+        with compile_only():
             first = next(iter(todo.trace().graph.nodes)).meta["val"]
             return build(first.device, todo.trace, _build_alone)
 

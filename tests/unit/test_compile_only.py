@@ -1,0 +1,89 @@
+"""What a process that only compiles leaves out; on a GPU, tests/gpu/test_compile_only.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._higher_order_ops import triton_kernel_wrap
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.fx_passes import misc_patterns
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from torch._subclasses import fake_tensor
+
+from blade.blade_core.backends.compile_only import compile_only, remembered
+
+CHANGED: tuple[tuple[Any, str], ...] = (
+    (fake_tensor, "init_gpu_context"),
+    (fake_tensor.FakeTensorMode, "avoid_device_init"),
+    (misc_patterns, "_misc_patterns_init"),
+    (CachingAutotuner, "_make_launchers"),
+    (PythonWrapperCodegen, "generate_and_run_autotune_block"),
+)
+
+
+def now() -> list[Any]:
+    return [vars(owner)[name] for owner, name in CHANGED]
+
+
+def written_by() -> Any:
+    for name in ("identify_accessed_tensors", "identify_mutated_tensors"):
+        if hasattr(triton_kernel_wrap, name):
+            return getattr(triton_kernel_wrap, name)
+    raise AssertionError("torch gave it a third name")
+
+
+def test_torch_is_itself_again() -> None:
+    before, find = now(), written_by()
+    with pytest.raises(KeyError), compile_only():
+        during = now()
+        assert written_by() is not find
+        raise KeyError
+    assert all(one is not other for one, other in zip(before, during, strict=True))
+    assert now() == before
+    assert written_by() is find
+
+
+@pytest.mark.parametrize(("owner", "name"), [*CHANGED, (triton_kernel_wrap, None)])
+def test_a_torch_that_lacks_something_compiles_as_always(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str | None
+) -> None:
+    monkeypatch.delattr(owner, name or written_by().__name__)
+    left = [(owner, name) for owner, name in CHANGED if name in vars(owner)]
+    before = [vars(owner)[name] for owner, name in left]
+    with compile_only():
+        assert [vars(owner)[name] for owner, name in left] == before
+
+
+class Asked:
+    """Counts how often it has to be found out."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, kernel: str, kwargs: dict[str, Any], more: dict[str, Any]) -> list[str]:
+        self.count += 1
+        return [kernel, *kwargs]
+
+
+@pytest.mark.parametrize(
+    ("other", "count"),
+    [
+        (("add", {"x": torch.zeros(3), "n": 4}, {}), 1),
+        (("mul", {"x": torch.zeros(2), "n": 4}, {}), 2),
+        (("add", {"x": torch.zeros(2, dtype=torch.float16), "n": 4}, {}), 2),
+        (("add", {"x": torch.zeros(2), "n": 5}, {}), 2),
+        (("add", {"x": torch.zeros(2), "m": 4}, {}), 2),
+        (("add", {"x": torch.zeros(2), "n": 4}, {"x": (1, 2)}), 2),
+    ],
+    ids=["size", "kernel", "dtype", "constant", "name", "descriptor"],
+)
+def test_what_a_kernel_writes_to_is_found_out_once_for_each_form(other: Any, count: int) -> None:
+    asked = Asked()
+    find = remembered(asked)
+    first: Any = ("add", {"x": torch.zeros(2), "n": 4}, {})
+    assert find(*first) == ["add", "x", "n"]
+    assert find(*other) == [other[0], *other[1]]
+    assert find(*first) == ["add", "x", "n"]
+    assert asked.count == count
