@@ -46,9 +46,9 @@ _VARIABLES = {
 _MOST, _WORTH = 16, 6
 """How many processes there are at most, and from how many on they are faster than this one alone
 where somebody waits for them."""
-_VRAM_BYTES, _MEMORY_BYTES = 3 * 2**30, 2**30
-"""Free memory of a GPU and of the machine for each process that compiles: it takes a quarter of the
-first and half of the second."""
+_VRAM_BYTES, _MEMORY_BYTES = 2**30, 2**30
+"""Free memory of a GPU and of the machine for each process that compiles: few take half of the
+first, most nothing; each takes half of the second."""
 
 
 class Result(NamedTuple):

@@ -27,7 +27,7 @@ FORKS = hasattr(os, "fork")
 
 _LENGTH = struct.Struct("<Q")
 _IDLE_SECONDS = 60.0
-"""On a GPU a process that has compiled holds half a gigabyte."""
+"""A process that has compiled may hold half a gigabyte of a GPU."""
 _PARENT_SECONDS = 300.0
 """One that forks never asks a GPU: it holds some 0.3 GiB of main memory (seen with torch for CPUs),
 and another size, minutes after the first, would wait for its imports again."""
@@ -117,8 +117,8 @@ class _Child:
 
 
 def _by_children(jobs: IO[bytes], answers: IO[bytes], most: int) -> None:
-    """A child lives as long as there is another job for it: getting a GPU ready takes each as long
-    as a small graph does, and those that wait would hold memory of it."""
+    """A child lives as long as there is another job for it: the first takes each of them longer,
+    and those that wait would hold memory."""
     gc.disable()
     for backend in BACKENDS.values():
         backend.preload()

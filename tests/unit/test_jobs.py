@@ -387,17 +387,18 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         (16, 80, 100, 14),
         (32, 80, 100, 16),
         (8, 80, 100, 6),
-        (32, 24, 100, 8),
+        (32, 24, 100, 16),
+        (32, 6.5, 100, 6),
         (32, 80, 5, 5),
         (2, 2, 1, 1),
     ],
 )
 def test_how_many_processes_for_a_gpu(
-    cores: int, vram: int, memory: int, count: int, monkeypatch: pytest.MonkeyPatch
+    cores: int, vram: float, memory: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("BLADE_COMPILE_WORKERS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (vram * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(vram * 2**30), 80 * 2**30))
     monkeypatch.setattr(jobs, "_free_memory", lambda: memory * 2**30)
     assert worker_count(torch.device("cuda")) == count
     # Where somebody waits, few do not make up for their start.

@@ -1,4 +1,4 @@
-"""What a process that only compiles leaves out; on a GPU, tests/gpu/test_compile_only.py."""
+"""What is changed of Inductor while it compiles; on a GPU, tests/gpu/test_compiling.py."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch._inductor.fx_passes import misc_patterns
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses import fake_tensor
 
-from blade.blade_core.backends.compile_only import compile_only, remembered
+from blade.blade_core.backends.compiling import kernels_at_once, remembered, without_gpu
 
-CHANGED: tuple[tuple[Any, str], ...] = (
+AT_ONCE: list[tuple[Any, str]] = [(PythonWrapperCodegen, "generate_and_run_autotune_block")]
+NO_GPU: list[tuple[Any, str]] = [
     (fake_tensor, "init_gpu_context"),
     (fake_tensor.FakeTensorMode, "avoid_device_init"),
     (misc_patterns, "_misc_patterns_init"),
     (CachingAutotuner, "_make_launchers"),
-    (PythonWrapperCodegen, "generate_and_run_autotune_block"),
-)
+]
+CHANGED = [*AT_ONCE, *NO_GPU]
 
 
 def now() -> list[Any]:
@@ -36,7 +37,7 @@ def written_by() -> Any:
 
 def test_torch_is_itself_again() -> None:
     before, find = now(), written_by()
-    with pytest.raises(KeyError), compile_only():
+    with pytest.raises(KeyError), kernels_at_once(), without_gpu():
         during = now()
         assert written_by() is not find
         raise KeyError
@@ -49,10 +50,11 @@ def test_torch_is_itself_again() -> None:
 def test_a_torch_that_lacks_something_compiles_as_always(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str | None
 ) -> None:
+    """It changes nothing else either: kernels that are not loaded must not be run."""
     monkeypatch.delattr(owner, name or written_by().__name__)
-    left = [(owner, name) for owner, name in CHANGED if name in vars(owner)]
+    left = [one for one in CHANGED if one != (owner, name)]
     before = [vars(owner)[name] for owner, name in left]
-    with compile_only():
+    with without_gpu():
         assert [vars(owner)[name] for owner, name in left] == before
 
 

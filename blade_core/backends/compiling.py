@@ -1,16 +1,17 @@
-"""What Inductor leaves out in a process that compiles and runs nothing.
+"""How Inductor compiles less often, and uses no GPU where it only compiles.
 
-It makes a context of the GPU, half a gigabyte and most of a second, for the first fake tensor, to
-load the kernels that it has compiled, and to run each once so as to choose where a kernel has
-several configurations. Whoever loads such a kernel chooses then, as torch.compile does.
+To choose where a kernel has several configurations, it runs all kernels of a graph once as soon as
+they are compiled, one after the other. Whoever first calls such a kernel chooses as well, as with
+torch.compile. And a process that runs none needs no context of the GPU, which takes half a gigabyte
+and most of a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,30 +19,51 @@ _THREADS = 4
 """For one graph's kernels. Few have more than four that take long."""
 
 
-@contextmanager
-def compile_only() -> Iterator[None]:
-    """Compile graphs for a GPU without using it, and the kernels of each beside each other.
+class _Change(NamedTuple):
+    """Another value for an attribute of torch's."""
 
-    Reductions in several rounds do use it: by the registers that one takes once it is loaded,
-    Inductor decides whether to compile it with smaller blocks, too. A torch that does not have
-    what is changed here compiles as it always does.
+    owner: Any
+    name: str
+    value: Any
+
+
+@contextmanager
+def kernels_at_once() -> Iterator[None]:
+    """Compile the kernels of each graph beside each other, and run none of them.
+
+    A torch that does not have what is changed here compiles as it always does; so with
+    `without_gpu`.
     """
-    try:
-        changes = _changes()
-        for owner, name, _ in changes:
-            getattr(owner, name)
-    except (ImportError, AttributeError):
-        changes = []
-    with ExitStack() as changed:
-        for change in changes:
-            changed.enter_context(_replaced(*change))
+    with _changed(_for_kernels):
         yield
 
 
-def _changes() -> list[tuple[Any, str, Any]]:
-    """Owners, names and values of what is changed."""
+@contextmanager
+def without_gpu() -> Iterator[None]:
+    """Compile graphs for a GPU that is not used, their kernels beside each other, too.
+
+    Reductions in several rounds do use it: by the registers that one takes once it is loaded,
+    Inductor decides whether to compile it with smaller blocks, too.
+    """
+    with _changed(_for_no_gpu):
+        yield
+
+
+def _for_kernels() -> list[_Change]:
     from torch._higher_order_ops import triton_kernel_wrap
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+    # Torch 2.13 gave it another name.
+    written = "identify_accessed_tensors"
+    if not hasattr(triton_kernel_wrap, written):
+        written = "identify_mutated_tensors"
+    return [
+        _Change(PythonWrapperCodegen, "generate_and_run_autotune_block", _compile_kernels),
+        _Change(triton_kernel_wrap, written, remembered(getattr(triton_kernel_wrap, written))),
+    ]
+
+
+def _for_no_gpu() -> list[_Change]:
     from torch._inductor.fx_passes import misc_patterns
     from torch._inductor.runtime.hints import HeuristicType
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
@@ -53,19 +75,30 @@ def _changes() -> list[tuple[Any, str, Any]]:
         if kernel.heuristic_type == HeuristicType.REDUCTION:
             load(kernel)
 
-    # Torch 2.13 gave it another name.
-    written = "identify_accessed_tensors"
-    if not hasattr(triton_kernel_wrap, written):
-        written = "identify_mutated_tensors"
     return [
-        (fake_tensor, "init_gpu_context", lambda device: None),
-        (fake_tensor.FakeTensorMode, "avoid_device_init", True),
+        *_for_kernels(),
+        _Change(fake_tensor, "init_gpu_context", lambda device: None),
+        _Change(fake_tensor.FakeTensorMode, "avoid_device_init", True),
         # Patterns of torch.randperm: their slices set the device, which CUDA takes for a use of it.
-        (misc_patterns, "_misc_patterns_init", lambda *_: None),
-        (CachingAutotuner, "_make_launchers", load_reduction),
-        (PythonWrapperCodegen, "generate_and_run_autotune_block", _compile_kernels),
-        (triton_kernel_wrap, written, remembered(getattr(triton_kernel_wrap, written))),
+        _Change(misc_patterns, "_misc_patterns_init", lambda *_: None),
+        _Change(CachingAutotuner, "_make_launchers", load_reduction),
     ]
+
+
+@contextmanager
+def _changed(what: Callable[[], list[_Change]]) -> Iterator[None]:
+    try:
+        changes = what()
+        before = [getattr(owner, name) for owner, name, _ in changes]
+    except (ImportError, AttributeError):  # all of them or none
+        changes = before = []
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)
 
 
 def _compile_kernels(code: Any) -> None:
@@ -80,14 +113,12 @@ def _compile_kernels(code: Any) -> None:
     def note(_: Any, name: str, source: str, device_str: str = "cuda") -> None:
         found.append((name, source))
 
-    with _replaced(AsyncCompile, "triton", note):
+    with _changed(lambda: [_Change(AsyncCompile, "triton", note)]):
         exec(code.kernel_autotune_defs.getvalue(), {})
     kernels = [getattr(PyCodeCache.load(source), name) for name, source in found]
     # Each is noted for the artifact when the code asks for it.
-    with (
-        _replaced(TritonBundler, "put", lambda *_: None),
-        ThreadPoolExecutor(_THREADS) as threads,
-    ):
+    not_yet = _Change(TritonBundler, "put", lambda *_: None)
+    with _changed(lambda: [not_yet]), ThreadPoolExecutor(_THREADS) as threads:
         for _ in threads.map(lambda kernel: kernel.precompile(warm_cache_only=True), kernels):
             pass
 
@@ -111,13 +142,3 @@ def _form(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
         return argument.dtype
     return argument.get_dtype() if hasattr(argument, "get_dtype") else repr(argument)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
