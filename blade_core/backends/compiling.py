@@ -8,6 +8,7 @@ and most of a second.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -104,23 +105,26 @@ def _changed(what: Callable[[], list[_Change]]) -> Iterator[None]:
 def _compile_kernels(code: Any) -> None:
     """All that a graph's code defines, where it would have been run to choose among
     configurations. The code finds them compiled."""
-    from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.triton_bundler import TritonBundler
 
-    found: list[tuple[str, str]] = []
-
-    def note(_: Any, name: str, source: str, device_str: str = "cuda") -> None:
-        found.append((name, source))
-
-    with _changed(lambda: [_Change(AsyncCompile, "triton", note)]):
-        exec(code.kernel_autotune_defs.getvalue(), {})
+    found = _kernels_of(code.kernel_autotune_defs.getvalue())
     kernels = [getattr(PyCodeCache.load(source), name) for name, source in found]
     # Each is noted for the artifact when the code asks for it.
     not_yet = _Change(TritonBundler, "put", lambda *_: None)
     with _changed(lambda: [not_yet]), ThreadPoolExecutor(_THREADS) as threads:
         for _ in threads.map(lambda kernel: kernel.precompile(warm_cache_only=True), kernels):
             pass
+
+
+def _kernels_of(definitions: str) -> list[tuple[str, str]]:
+    """Names and sources in `name = async_compile.triton('name', 'source', ...)`."""
+    calls = (node for node in ast.walk(ast.parse(definitions)) if isinstance(node, ast.Call))
+    return [
+        (ast.literal_eval(call.args[0]), ast.literal_eval(call.args[1]))
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "triton"
+    ]
 
 
 def remembered(find: Callable[..., Any]) -> Callable[..., Any]:
