@@ -1,15 +1,15 @@
-"""How Inductor compiles less often, and uses no GPU where it only compiles.
+"""How Inductor compiles for a GPU that it does not use.
 
-To choose where a kernel has several configurations, it runs all kernels of a graph once as soon as
-they are compiled, one after the other. Whoever first calls such a kernel chooses as well, as with
-torch.compile. And a process that runs none needs no context of the GPU, which takes half a gigabyte
-and most of a second.
+It makes a context of the GPU, half a gigabyte and most of a second, for the first fake tensor, to
+load the kernels that it has compiled, and to run each once, so as to choose where a kernel has
+several configurations. A process that does nothing but compile runs none: whoever first calls such
+a kernel chooses, as with torch.compile. So its kernels need not be compiled one after the other.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,42 +29,24 @@ class _Change(NamedTuple):
 
 
 @contextmanager
-def kernels_at_once() -> Iterator[None]:
-    """Compile the kernels of each graph beside each other, and run none of them.
-
-    A torch that does not have what is changed here compiles as it always does; so with
-    `without_gpu`.
-    """
-    with _changed(_for_kernels):
-        yield
-
-
-@contextmanager
 def without_gpu() -> Iterator[None]:
-    """Compile graphs for a GPU that is not used, their kernels beside each other, too.
+    """Compile graphs for a GPU that is not used, the kernels of each beside each other.
 
     Reductions in several rounds do use it: by the registers that one takes once it is loaded,
-    Inductor decides whether to compile it with smaller blocks, too.
+    Inductor decides whether to compile it with smaller blocks, too. A torch that does not have
+    what is changed here compiles as it always does.
     """
-    with _changed(_for_no_gpu):
+    try:
+        changes = _changes()
+    except (ImportError, AttributeError):
+        changes = []
+    with _changed(changes):
         yield
 
 
-def _for_kernels() -> list[_Change]:
+def _changes() -> list[_Change]:
     from torch._higher_order_ops import triton_kernel_wrap
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
-
-    # Torch 2.13 gave it another name.
-    written = "identify_accessed_tensors"
-    if not hasattr(triton_kernel_wrap, written):
-        written = "identify_mutated_tensors"
-    return [
-        _Change(PythonWrapperCodegen, "generate_and_run_autotune_block", _compile_kernels),
-        _Change(triton_kernel_wrap, written, remembered(getattr(triton_kernel_wrap, written))),
-    ]
-
-
-def _for_no_gpu() -> list[_Change]:
     from torch._inductor.fx_passes import misc_patterns
     from torch._inductor.runtime.hints import HeuristicType
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
@@ -76,26 +58,30 @@ def _for_no_gpu() -> list[_Change]:
         if kernel.heuristic_type == HeuristicType.REDUCTION:
             load(kernel)
 
-    return [
-        *_for_kernels(),
+    # Torch 2.13 gave it another name.
+    written = "identify_accessed_tensors"
+    if not hasattr(triton_kernel_wrap, written):
+        written = "identify_mutated_tensors"
+    changes = [
         _Change(fake_tensor, "init_gpu_context", lambda device: None),
         _Change(fake_tensor.FakeTensorMode, "avoid_device_init", True),
         # Patterns of torch.randperm: their slices set the device, which CUDA takes for a use of it.
         _Change(misc_patterns, "_misc_patterns_init", lambda *_: None),
         _Change(CachingAutotuner, "_make_launchers", load_reduction),
+        _Change(PythonWrapperCodegen, "generate_and_run_autotune_block", _compile_kernels),
+        _Change(triton_kernel_wrap, written, remembered(getattr(triton_kernel_wrap, written))),
     ]
+    for owner, name, _ in changes:
+        getattr(owner, name)
+    return changes
 
 
 @contextmanager
-def _changed(what: Callable[[], list[_Change]]) -> Iterator[None]:
+def _changed(changes: Sequence[_Change]) -> Iterator[None]:
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
     try:
-        changes = what()
-        before = [getattr(owner, name) for owner, name, _ in changes]
-    except (ImportError, AttributeError):  # all of them or none
-        changes = before = []
-    try:
-        for owner, name, value in changes:
-            setattr(owner, name, value)
         yield
     finally:
         for (owner, name, _), value in zip(changes, before, strict=True):
@@ -108,16 +94,16 @@ def _compile_kernels(code: Any) -> None:
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.triton_bundler import TritonBundler
 
-    found = _kernels_of(code.kernel_autotune_defs.getvalue())
+    found = kernels_of(code.kernel_autotune_defs.getvalue())
     kernels = [getattr(PyCodeCache.load(source), name) for name, source in found]
     # Each is noted for the artifact when the code asks for it.
     not_yet = _Change(TritonBundler, "put", lambda *_: None)
-    with _changed(lambda: [not_yet]), ThreadPoolExecutor(_THREADS) as threads:
+    with _changed([not_yet]), ThreadPoolExecutor(_THREADS) as threads:
         for _ in threads.map(lambda kernel: kernel.precompile(warm_cache_only=True), kernels):
             pass
 
 
-def _kernels_of(definitions: str) -> list[tuple[str, str]]:
+def kernels_of(definitions: str) -> list[tuple[str, str]]:
     """Names and sources in `name = async_compile.triton('name', 'source', ...)`."""
     calls = (node for node in ast.walk(ast.parse(definitions)) if isinstance(node, ast.Call))
     return [

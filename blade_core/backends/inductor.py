@@ -27,7 +27,7 @@ from ..key import set_switches, switches
 from ..log import warn_once
 from ..private import why_not_private
 from ..travel import pack, unpack
-from .compiling import kernels_at_once, without_gpu
+from .compiling import without_gpu
 
 # For inference, one graph a unit, launched one by one, where launches cost more than kernels;
 # measured in docs/log.md.
@@ -128,17 +128,16 @@ class InductorBackend:
         build: Callable[[torch.fx.GraphModule], _Built],
     ) -> _Built:
         """Build what is traced with Blade's kernels, or without where they cannot be compiled."""
-        with kernels_at_once():
-            module = trace()
-            if not _runs_kernels(device) or not use_kernels(module, self.kernels):
-                return build(module)
-            try:
-                return build(module)
-            except Exception as error:  # whatever Triton raises where it cannot compile them
-                if is_cancel(error) or is_out_of_memory(error):
-                    raise
-                warn_once(f"Blade's own kernels cannot be compiled here: {first_line(error)}")
-                return build(trace())
+        module = trace()
+        if not _runs_kernels(device) or not use_kernels(module, self.kernels):
+            return build(module)
+        try:
+            return build(module)
+        except Exception as error:  # whatever Triton raises where it cannot compile them
+            if is_cancel(error) or is_out_of_memory(error):
+                raise
+            warn_once(f"Blade's own kernels cannot be compiled here: {first_line(error)}")
+            return build(trace())
 
     def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
         return self.load_for(request.device, artifact, frozen=request.frozen)

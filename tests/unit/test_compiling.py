@@ -12,16 +12,15 @@ from torch._inductor.fx_passes import misc_patterns
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses import fake_tensor
 
-from blade.blade_core.backends.compiling import kernels_at_once, remembered, without_gpu
+from blade.blade_core.backends.compiling import kernels_of, remembered, without_gpu
 
-AT_ONCE: list[tuple[Any, str]] = [(PythonWrapperCodegen, "generate_and_run_autotune_block")]
-NO_GPU: list[tuple[Any, str]] = [
+CHANGED: list[tuple[Any, str]] = [
     (fake_tensor, "init_gpu_context"),
     (fake_tensor.FakeTensorMode, "avoid_device_init"),
     (misc_patterns, "_misc_patterns_init"),
     (CachingAutotuner, "_make_launchers"),
+    (PythonWrapperCodegen, "generate_and_run_autotune_block"),
 ]
-CHANGED = [*AT_ONCE, *NO_GPU]
 
 
 def now() -> list[Any]:
@@ -37,7 +36,7 @@ def written_by() -> Any:
 
 def test_torch_is_itself_again() -> None:
     before, find = now(), written_by()
-    with pytest.raises(KeyError), kernels_at_once(), without_gpu():
+    with pytest.raises(KeyError), without_gpu():
         during = now()
         assert written_by() is not find
         raise KeyError
@@ -56,6 +55,26 @@ def test_a_torch_that_lacks_something_compiles_as_always(
     before = [vars(owner)[name] for owner, name in left]
     with without_gpu():
         assert [vars(owner)[name] for owner, name in left] == before
+
+
+def test_the_kernels_of_a_graph_are_read_from_its_code() -> None:
+    code = """
+import torch
+from torch._inductor.async_compile import AsyncCompile
+async_compile = AsyncCompile()
+
+# Original ATen: [aten.silu]
+first_0 = async_compile.triton('first_0', '''
+def first_0(x):
+    return "a"
+''', device_str='cuda')
+meta0 = {'XBLOCK': 8}
+second_1 = async_compile.triton("second_1", "def second_1(x): pass", device_str="cuda")
+"""
+    assert kernels_of(code) == [
+        ("first_0", '\ndef first_0(x):\n    return "a"\n'),
+        ("second_1", "def second_1(x): pass"),
+    ]
 
 
 class Asked:
