@@ -23,7 +23,7 @@ REMARKS = ROOT / "benchmarks" / "results" / "remarks.json"
 IMAGES = ROOT / "docs" / "images"
 MAIN_SCENARIOS = ("sd15-512-b1", "sdxl-1024-b1")
 BATCHES = ("sd15-512-b8", "sdxl-1024-b4")
-VARIANTS = ("", "-lora2", "-lora8", "-cn1", "-cn2")
+CONTROLNETS = ("", "-cn1", "-cn2")
 PUBLISHED_SHAPE = "sd15-512-b1"
 
 _HEAD = """\
@@ -78,7 +78,7 @@ def document(rows: Sequence[Row]) -> str:
         lines += ["", *_main(rows, scenario)]
     for scenario in BATCHES:
         lines += ["", *_batch(rows, scenario)]
-    lines += ["", *_kernels(rows), "", *_starts(rows), "", *_variants(rows)]
+    lines += ["", *_kernels(rows), "", *_starts(rows), "", *_controlnets(rows)]
     for model, name in (("sd15", "SD1.5"), ("sdxl", "SDXL")):
         lines += ["", f"## Batches, sizes and LoRAs, {name}", *pictures.get(f"grid-{model}", [])]
         grid = sweep(model)
@@ -151,10 +151,10 @@ a server does until its first prompt comes. The model's way to the GPU is in all
     return lines
 
 
-def _variants(rows: Sequence[Row]) -> list[str]:
-    lines = ["## LoRAs and ControlNets"]
+def _controlnets(rows: Sequence[Row]) -> list[str]:
+    lines = ["## ControlNets"]
     for scenario in MAIN_SCENARIOS:
-        names = [f"{scenario}{suffix}" for suffix in VARIANTS]
+        names = [f"{scenario}{suffix}" for suffix in CONTROLNETS]
         chosen = select(rows, names, COMPARED)
         lines += ["", *tables.steps(chosen, names, chosen.systems()), *_source(chosen)]
     return lines

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -111,7 +111,8 @@ class InductorBackend:
     def job(self, request: GraphRequest) -> bytes | None:
         if request.frozen or not hasattr(torch._inductor, "standalone_compile"):
             return None
-        return pickle.dumps(tuple(_Job(pack(trace(request)), self.kernels, switches())))
+        patches = _patches(request.inputs)
+        return pickle.dumps(tuple(_Job(pack(trace(request)), self.kernels, switches(), patches)))
 
     def compile_job(self, job: bytes) -> bytes:
         todo = _Job(*pickle.loads(job))
@@ -119,7 +120,7 @@ class InductorBackend:
         build = replace(self, kernels=todo.kernels)._with_kernels
         with without_gpu():
             first = next(iter(todo.trace().graph.nodes)).meta["val"]
-            return build(first.device, todo.trace, _build_alone)
+            return build(first.device, todo.trace, partial(_build_alone, patches=todo.patches))
 
     def _with_kernels(
         self,
@@ -244,12 +245,13 @@ class _Job(NamedTuple):
     graph: bytes
     kernels: tuple[str, ...]
     switches: dict[str, bool]
+    patches: dict[str, Any]
 
     def trace(self) -> torch.fx.GraphModule:
         return unpack(self.graph)
 
 
-def _build_alone(module: torch.fx.GraphModule) -> bytes:
+def _build_alone(module: torch.fx.GraphModule, patches: dict[str, Any]) -> bytes:
     """The artifact of a graph whose arguments are known by their form only."""
     for node in module.graph.nodes:
         if "val" in node.meta:
@@ -260,7 +262,7 @@ def _build_alone(module: torch.fx.GraphModule) -> bytes:
     module.recompile()
     with torch.no_grad():
         compiled = torch._inductor.standalone_compile(
-            module, fake, dynamic_shapes="from_graph", options={"config_patches": _patches(fake)}
+            module, fake, dynamic_shapes="from_graph", options={"config_patches": patches}
         )
     artifact = _artifact(compiled)
     if artifact is None:
