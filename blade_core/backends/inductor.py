@@ -117,10 +117,18 @@ class InductorBackend:
     def compile_job(self, job: bytes) -> bytes:
         todo = _Job(*pickle.loads(job))
         set_switches(todo.switches)
+        try:
+            with without_gpu():
+                return self._compile_alone(todo)
+        except Exception as error:  # where this torch needs what was taken from it
+            if is_cancel(error) or is_out_of_memory(error):
+                raise
+            return self._compile_alone(todo)
+
+    def _compile_alone(self, todo: _Job) -> bytes:
+        first = next(iter(todo.trace().graph.nodes)).meta["val"]
         build = replace(self, kernels=todo.kernels)._with_kernels
-        with without_gpu():
-            first = next(iter(todo.trace().graph.nodes)).meta["val"]
-            return build(first.device, todo.trace, partial(_build_alone, patches=todo.patches))
+        return build(first.device, todo.trace, partial(_build_alone, patches=todo.patches))
 
     def _with_kernels(
         self,

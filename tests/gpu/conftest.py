@@ -23,6 +23,12 @@ if torch.cuda.is_available() and "comfy" not in sys.modules:
         monkeypatch.setattr(blade_model, "session", lambda: fresh)
         yield fresh
 
+    @pytest.fixture
+    def whole_gpu() -> None:
+        """For tests that read how much of the GPU is in use, whoever uses it."""
+        if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+            pytest.skip("other tests use the GPU: run it without -n")
+
     @pytest.fixture(params=["sd15", "sdxl"])
     def model(request: pytest.FixtureRequest) -> Any:
         """A UNet of real widths and fewer stages, in fp16, as the host runs it on a GPU."""

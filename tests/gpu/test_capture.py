@@ -99,6 +99,7 @@ def test_grouped_linear_keeps_what_has_not_changed() -> None:
     assert relative_rms(group.outputs[0], expected * 2) <= 1e-3
 
 
+@pytest.mark.usefixtures("whole_gpu")
 def test_forty_prompts_in_one_life(session: Session) -> None:
     """Sizes, batches, prompt lengths, cfg, LoRAs, two checkpoints, unloading, cancel."""
     choose = random.Random(0)

@@ -110,6 +110,7 @@ def test_offloaded_weights(session: Session, monkeypatch: pytest.MonkeyPatch) ->
     assert any(p.device.type == "cpu" for p in control.control_model.parameters())
 
 
+@pytest.mark.usefixtures("whole_gpu")
 def test_memory_comes_back(session: Session) -> None:
     config = CONFIGS["sd15"]
 

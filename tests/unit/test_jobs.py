@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,35 @@ def test_either_process_compiles_with_the_same_options(
     assert there == [here, here]
     assert here["split_reductions"] == (side == 256)
     assert here["conv_1x1_as_mm"]
+
+
+def test_a_torch_that_needs_a_gpu_to_compile_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    compile_graph = torch._inductor.standalone_compile
+
+    def compile_with_it(*arguments: Any, **options: Any) -> Any:
+        if tried[-1:] == ["without"]:
+            raise RuntimeError("list index out of range")
+        tried.append("with")
+        return compile_graph(*arguments, **options)
+
+    @contextmanager
+    def without() -> Iterator[None]:
+        tried.append("without")
+        try:
+            yield
+        finally:
+            tried.append("again")
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", compile_with_it)
+    monkeypatch.setattr(inductor, "without_gpu", without)
+    backend, request = BACKENDS["inductor"], request_of()
+    job = backend.job(request)
+    assert job is not None
+    call = backend.load(backend.compile_job(job), request)
+    assert tried == ["without", "again", "with"]
+    expected = request.eager(request.weights, request.inputs)
+    torch.testing.assert_close(call(request.weights, request.inputs), expected)
 
 
 def test_switches_travel(monkeypatch: pytest.MonkeyPatch) -> None:
