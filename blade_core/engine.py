@@ -29,7 +29,7 @@ from .errors import (
     is_out_of_memory,
 )
 from .graph import Graph, GraphFunction, GraphRequest
-from .jobs import Jobs
+from .jobs import Jobs, Result
 from .key import GraphKey
 from .log import logger, warn_once
 from .preload import Preload
@@ -121,11 +121,15 @@ class Engine:
             CompileFailed: with the reason in words.
         """
 
+        def ahead(result: Result, device: torch.device) -> None:
+            with self._alone(checkpoint):
+                _load_ahead(backend, result, device)
+
         def build() -> Graph:
             waits = self.jobs.pending(key)
             if waits:
                 announce(key)
-            self.jobs.wait(key, checkpoint)
+            self.jobs.wait(key, checkpoint, ahead)
             with self._alone(checkpoint):
                 if not waits:
                     announce(key)
@@ -186,7 +190,11 @@ class Engine:
         key, start = request.key, time.perf_counter()
         made = self.jobs.take(key)
         if made is not None:
-            call = self._checked(backend, request, partial(backend.load, made.artifact, request))
+            loaded = made.call
+            load = (
+                partial(backend.load, made.artifact, request) if loaded is None else lambda: loaded
+            )
+            call = self._checked(backend, request, load)
             if call is not None:
                 seconds = made.seconds + time.perf_counter() - start
                 self._note_compiled(key, seconds)
@@ -279,6 +287,17 @@ def _job(backend: Backend, request: GraphRequest) -> bytes | None:
             raise
         logger.debug("%s cannot travel", request.key, exc_info=True)
         return None
+
+
+def _load_ahead(backend: Backend, result: Result, device: torch.device) -> None:
+    """A graph that is going to be asked for soon."""
+    if isinstance(backend, InductorBackend):  # others need the request
+        try:
+            result.call = backend.load_for(device, result.artifact)
+        except Exception as error:  # whatever unpickling raises: who asks for it will say so
+            if is_cancel(error):
+                raise
+            logger.debug("a graph cannot be loaded ahead", exc_info=True)
 
 
 def _nothing(_: GraphKey) -> None:

@@ -13,13 +13,15 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .cache import WAIT_SECONDS
 from .config import compile_workers
+from .graph import GraphFunction
 from .key import GraphKey
 from .log import warn_once
 from .store import GraphStore
@@ -51,11 +53,13 @@ _VRAM_BYTES, _MEMORY_BYTES = 2**30, 2**30
 first, most nothing; each takes half of the second."""
 
 
-class Result(NamedTuple):
-    """A graph as `Backend.load` takes it, and how long it took."""
+@dataclass(eq=False)
+class Result:
+    """A graph as `Backend.load` takes it, and how long it took; `call` if it is loaded already."""
 
     artifact: bytes
     seconds: float
+    call: GraphFunction | None = None
 
 
 class WorkerFailed(Exception):
@@ -73,6 +77,7 @@ class Jobs:
         """How many have ended, for telling whether anything has changed."""
         self._store = store
         self._workers: Workers | None = None
+        self._device: torch.device | None = None
         self._lock = threading.Lock()
         self._running: dict[GraphKey, Future[Result]] = {}
         self._held: dict[GraphKey, tuple[str, bytes]] = {}
@@ -94,7 +99,7 @@ class Jobs:
 
     def _pool(self, device: torch.device) -> Workers:
         if self._workers is None:
-            self._workers = Workers(worker_count(device))
+            self._workers, self._device = Workers(worker_count(device)), device
         return self._workers
 
     def __contains__(self, key: object) -> bool:
@@ -119,13 +124,29 @@ class Jobs:
                 self._running[key] = self._workers.submit(*job)
                 self._running[key].add_done_callback(self._keep(key))
 
-    def wait(self, key: GraphKey, checkpoint: Callable[[], None]) -> None:
-        """Return when nobody works on `key` any more. One that is only held is let go."""
+    def wait(
+        self,
+        key: GraphKey,
+        checkpoint: Callable[[], None],
+        meanwhile: Callable[[Result, torch.device], None],
+    ) -> None:
+        """Return when nobody works on `key` any more. One that is only held is let go.
+
+        meanwhile: given other results and what they are for, each until it is loaded.
+        """
         with self._lock:
             self._held.pop(key, None)
             job = self._running.get(key)
+            others = [other for other in self._running.values() if other is not job]
         while job is not None and not job.done():
-            wait([job], WAIT_SECONDS)
+            done = next((other for other in others if other.done()), None)
+            if done is None:
+                wait([job], WAIT_SECONDS)
+            else:
+                others.remove(done)
+                if done.exception() is None and done.result().call is None:
+                    assert self._device is not None
+                    meanwhile(done.result(), self._device)
             checkpoint()
 
     def take(self, key: GraphKey) -> Result | None:

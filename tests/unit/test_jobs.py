@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
 from blade.blade_core.errors import InvalidChoice
 from blade.blade_core.graph import Graph, GraphRequest
-from blade.blade_core.jobs import Workers, worker_count
+from blade.blade_core.jobs import Result, Workers, worker_count
 from blade.blade_core.key import set_switches, switches
 from blade.blade_core.log import forget_said
 from blade.blade_core.worker import FORKS
@@ -353,6 +354,48 @@ def test_either_process_compiles_with_the_same_options(
     assert there == [here, here]
     assert here["split_reductions"] == (side == 256)
     assert here["conv_1x1_as_mm"]
+
+
+def test_others_are_loaded_while_one_is_waited_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real artifact, in the place of what processes would have finished by then."""
+    backend = BACKENDS["inductor"]
+    slow, broken, quick = (request_of(Unit(width)) for width in (8, 12, 16))
+    jobs: dict[int, Future[Result]] = {id(r): Future() for r in (slow, broken, quick)}
+    for request in (slow, broken, quick):
+        engine.jobs._running[request.key] = jobs[id(request)]
+    assert engine.jobs.usable(CPU)
+
+    def made(request: GraphRequest) -> Result:
+        job = backend.job(request)
+        assert job is not None
+        return Result(backend.compile_job(job), 1.0)
+
+    jobs[id(broken)].set_result(Result(b"no graph", 1.0))
+    jobs[id(quick)].set_result(made(quick))
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(now, engine, slow, backend)
+        until(lambda: jobs[id(quick)].result().call is not None)
+        assert not waiting.done()
+        jobs[id(slow)].set_result(made(slow))
+        assert waiting.result(PATIENCE).key == slow.key
+
+    loaded: list[bytes] = []
+    load = type(backend).load
+
+    def noted(self: Any, artifact: bytes, request: GraphRequest) -> Any:
+        loaded.append(artifact)
+        return load(self, artifact, request)
+
+    monkeypatch.setattr(type(backend), "load", noted)
+    with engine.counters.expect(graphs_compiled=1):
+        graph = now(engine, quick, backend)
+    assert loaded == []
+    expected = quick.eager(quick.weights, quick.inputs)
+    torch.testing.assert_close(graph.call(quick.weights, quick.inputs), expected)
+    now(engine, broken, backend)  # says so, and compiles it here
+    assert loaded == [b"no graph"]
 
 
 def test_a_torch_that_needs_a_gpu_to_compile_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
