@@ -190,11 +190,9 @@ class Engine:
         key, start = request.key, time.perf_counter()
         made = self.jobs.take(key)
         if made is not None:
-            loaded = made.call
-            load = (
-                partial(backend.load, made.artifact, request) if loaded is None else lambda: loaded
+            call = self._checked(
+                backend, request, lambda: made.call or backend.load(made.artifact, request)
             )
-            call = self._checked(backend, request, load)
             if call is not None:
                 seconds = made.seconds + time.perf_counter() - start
                 self._note_compiled(key, seconds)
