@@ -29,9 +29,10 @@ from .errors import (
     is_out_of_memory,
 )
 from .graph import Graph, GraphFunction, GraphRequest
-from .jobs import Jobs, Result
+from .jobs import Jobs
 from .key import GraphKey
 from .log import logger, warn_once
+from .pool import Result
 from .preload import Preload
 from .store import GraphStore
 

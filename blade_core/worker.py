@@ -1,4 +1,4 @@
-"""What a process does that only compiles; jobs.py starts it.
+"""What a process does that only compiles; pool.py starts it.
 
 Reads jobs from standard input and writes answers to standard output, each a pickle behind its
 length; ends when the input does, or after a time without work.

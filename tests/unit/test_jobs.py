@@ -17,15 +17,15 @@ import pytest
 import torch
 from blade_tests.unit.samples import CPU, Unit, inputs_of, request_of
 
-from blade.blade_core import jobs
+from blade.blade_core import pool
 from blade.blade_core.backends import BACKENDS, Backend, inductor
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
 from blade.blade_core.errors import InvalidChoice
 from blade.blade_core.graph import Graph, GraphRequest
-from blade.blade_core.jobs import Result, Workers, worker_count
 from blade.blade_core.key import set_switches, switches
 from blade.blade_core.log import forget_said
+from blade.blade_core.pool import Result, Workers, worker_count
 from blade.blade_core.worker import FORKS
 
 PATIENCE = 120.0
@@ -475,14 +475,14 @@ def test_how_many_processes_for_a_gpu(
     monkeypatch.delenv("BLADE_COMPILE_WORKERS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(vram * 2**30), 80 * 2**30))
-    monkeypatch.setattr(jobs, "_free_memory", lambda: memory * 2**30)
+    monkeypatch.setattr(pool, "_free_memory", lambda: memory * 2**30)
     assert worker_count(torch.device("cuda")) == count
     # Where somebody waits, few do not make up for their start.
     assert Engine().jobs.pays(torch.device("cuda")) == (FORKS and count >= 6)
 
 
 def test_free_memory_is_what_the_machine_has() -> None:
-    assert 2**28 < jobs._free_memory() <= 2**60
+    assert 2**28 < pool._free_memory() <= 2**60
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM is another thing there")
