@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from blade_tests.unit.samples import inputs_of, request_of
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.fx_passes import misc_patterns
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses import fake_tensor
 
+from blade.blade_core.backends import BACKENDS, inductor
 from blade.blade_core.backends.compiling import kernels_of, remembered, without_gpu
 
 CHANGED: list[tuple[Any, str]] = [
@@ -108,3 +112,58 @@ def test_what_a_kernel_writes_to_is_found_out_once_for_each_form(other: Any, cou
     assert find(*other) == [other[0], *other[1]]
     assert find(*first) == ["add", "x", "n"]
     assert asked.count == count
+
+
+@pytest.mark.parametrize("side", [8, 256])
+def test_either_process_compiles_with_the_same_options(
+    monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    seen: list[dict[str, Any]] = []
+    compile_graph = torch._inductor.standalone_compile
+
+    def noted(*arguments: Any, options: dict[str, Any], **more: Any) -> Any:
+        seen.append(options["config_patches"])
+        return compile_graph(*arguments, options=options, **more)
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", noted)
+    backend = BACKENDS["inductor"]
+    request = request_of(inputs=inputs_of((1, 4, side, side)))
+    backend.compile(request)
+    job = backend.job(request)
+    assert job is not None
+    backend.compile_job(job)
+    monkeypatch.setitem(inductor._OPTIONS, "conv_1x1_as_mm", None)  # as that process has it
+    backend.compile_job(job)
+    here, *there = seen
+    assert there == [here, here]
+    assert here["split_reductions"] == (side == 256)
+    assert here["conv_1x1_as_mm"]
+
+
+def test_a_torch_that_needs_a_gpu_to_compile_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    compile_graph = torch._inductor.standalone_compile
+
+    def compile_with_it(*arguments: Any, **options: Any) -> Any:
+        if tried[-1:] == ["without"]:
+            raise RuntimeError("list index out of range")
+        tried.append("with")
+        return compile_graph(*arguments, **options)
+
+    @contextmanager
+    def without() -> Iterator[None]:
+        tried.append("without")
+        try:
+            yield
+        finally:
+            tried.append("again")
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", compile_with_it)
+    monkeypatch.setattr(inductor, "without_gpu", without)
+    backend, request = BACKENDS["inductor"], request_of()
+    job = backend.job(request)
+    assert job is not None
+    call = backend.load(backend.compile_job(job), request)
+    assert tried == ["without", "again", "with"]
+    expected = request.eager(request.weights, request.inputs)
+    torch.testing.assert_close(call(request.weights, request.inputs), expected)

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,13 @@ import pytest
 import torch
 from blade_tests.unit.samples import CPU, Unit, inputs_of, request_of
 
-from blade.blade_core import pool
-from blade.blade_core.backends import BACKENDS, Backend, inductor
+from blade.blade_core.backends import BACKENDS, Backend
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
-from blade.blade_core.errors import InvalidChoice
 from blade.blade_core.graph import Graph, GraphRequest
 from blade.blade_core.key import set_switches, switches
 from blade.blade_core.log import forget_said
-from blade.blade_core.pool import Result, Workers, worker_count
+from blade.blade_core.pool import Result, Workers
 from blade.blade_core.worker import FORKS
 
 PATIENCE = 120.0
@@ -330,32 +327,6 @@ def test_what_a_graph_makes_by_itself_stays_in_it(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-@pytest.mark.parametrize("side", [8, 256])
-def test_either_process_compiles_with_the_same_options(
-    monkeypatch: pytest.MonkeyPatch, side: int
-) -> None:
-    seen: list[dict[str, Any]] = []
-    compile_graph = torch._inductor.standalone_compile
-
-    def noted(*arguments: Any, options: dict[str, Any], **more: Any) -> Any:
-        seen.append(options["config_patches"])
-        return compile_graph(*arguments, options=options, **more)
-
-    monkeypatch.setattr(torch._inductor, "standalone_compile", noted)
-    backend = BACKENDS["inductor"]
-    request = request_of(inputs=inputs_of((1, 4, side, side)))
-    backend.compile(request)
-    job = backend.job(request)
-    assert job is not None
-    backend.compile_job(job)
-    monkeypatch.setitem(inductor._OPTIONS, "conv_1x1_as_mm", None)  # as that process has it
-    backend.compile_job(job)
-    here, *there = seen
-    assert there == [here, here]
-    assert here["split_reductions"] == (side == 256)
-    assert here["conv_1x1_as_mm"]
-
-
 def test_others_are_loaded_while_one_is_waited_for(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,35 +369,6 @@ def test_others_are_loaded_while_one_is_waited_for(
     assert loaded == [b"no graph"]
 
 
-def test_a_torch_that_needs_a_gpu_to_compile_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[str] = []
-    compile_graph = torch._inductor.standalone_compile
-
-    def compile_with_it(*arguments: Any, **options: Any) -> Any:
-        if tried[-1:] == ["without"]:
-            raise RuntimeError("list index out of range")
-        tried.append("with")
-        return compile_graph(*arguments, **options)
-
-    @contextmanager
-    def without() -> Iterator[None]:
-        tried.append("without")
-        try:
-            yield
-        finally:
-            tried.append("again")
-
-    monkeypatch.setattr(torch._inductor, "standalone_compile", compile_with_it)
-    monkeypatch.setattr(inductor, "without_gpu", without)
-    backend, request = BACKENDS["inductor"], request_of()
-    job = backend.job(request)
-    assert job is not None
-    call = backend.load(backend.compile_job(job), request)
-    assert tried == ["without", "again", "with"]
-    expected = request.eager(request.weights, request.inputs)
-    torch.testing.assert_close(call(request.weights, request.inputs), expected)
-
-
 def test_switches_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     before = switches()
     try:
@@ -441,48 +383,6 @@ def test_switches_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         set_switches(before)
     assert switches() == before
-
-
-def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert worker_count(CPU) == 2
-    assert Engine().jobs.pays(CPU)  # the user says so
-    monkeypatch.setenv("BLADE_COMPILE_WORKERS", "0")
-    assert worker_count(CPU) == 0
-    assert not Engine().jobs.usable(CPU) and not Engine().jobs.pays(CPU)
-    monkeypatch.delenv("BLADE_COMPILE_WORKERS")
-    assert worker_count(CPU) == 1
-    assert Engine().jobs.usable(CPU) and not Engine().jobs.pays(CPU)
-    monkeypatch.setenv("BLADE_COMPILE_WORKERS", "many")
-    with pytest.raises(InvalidChoice, match="BLADE_COMPILE_WORKERS is 'many'"):
-        worker_count(CPU)
-
-
-@pytest.mark.parametrize(
-    ("cores", "vram", "memory", "count"),
-    [
-        (16, 80, 100, 14),
-        (32, 80, 100, 16),
-        (8, 80, 100, 6),
-        (32, 24, 100, 16),
-        (32, 6.5, 100, 6),
-        (32, 80, 5, 5),
-        (2, 2, 1, 1),
-    ],
-)
-def test_how_many_processes_for_a_gpu(
-    cores: int, vram: float, memory: int, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("BLADE_COMPILE_WORKERS")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(vram * 2**30), 80 * 2**30))
-    monkeypatch.setattr(pool, "_free_memory", lambda: memory * 2**30)
-    assert worker_count(torch.device("cuda")) == count
-    # Where somebody waits, few do not make up for their start.
-    assert Engine().jobs.pays(torch.device("cuda")) == (FORKS and count >= 6)
-
-
-def test_free_memory_is_what_the_machine_has() -> None:
-    assert 2**28 < pool._free_memory() <= 2**60
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM is another thing there")
