@@ -186,9 +186,9 @@ def _with_option(apply: Apply, option: str) -> Apply:
     key, _, value = option.partition("=")
 
     def changed(model: Any) -> Any:
-        from blade.blade_core.backends import inductor
+        from blade.blade_core.backends import standalone
 
-        inductor._OPTIONS[key] = ast.literal_eval(value)
+        standalone.OPTIONS[key] = ast.literal_eval(value)
         return apply(model)
 
     return changed

@@ -21,6 +21,7 @@ from torch import nn
 from .optimized import OptimizedModel
 from .patches import UNPATCHED
 from .progress import CompileProgress
+from .residuals import Form, Residuals, forms_of, pack, unpack
 from .shadow import Holder
 from .unet_block import UNetBlock
 from .unit import RunContext
@@ -35,9 +36,6 @@ _HOST_SEQUENTIAL = TimestepEmbedSequential.forward
 
 _MOST_HINTS = 8
 """Control images whose embeddings are kept in a run: an embedding of SDXL at 1024² is 10 MiB."""
-
-Residuals = dict[str, list[torch.Tensor]]
-"""What the host adds to the UNet's: "output", one for each input block, and "middle"."""
 
 
 class Hint(NamedTuple):
@@ -185,8 +183,8 @@ class OptimizedControlNet(OptimizedModel):
         """Run `call` over other tensors, launch by launch; its residuals as one tensor, laid out
         as others of the same shapes are if their `forms` are given."""
         residuals = self._launch_over(call, tensors)
-        self._forms[call.signature] = _forms(residuals)
-        return _pack(residuals, forms or self._forms[call.signature])
+        self._forms[call.signature] = forms_of(residuals)
+        return pack(residuals, forms or self._forms[call.signature])
 
     def write(
         self,
@@ -270,44 +268,6 @@ class OptimizedControlNet(OptimizedModel):
         with self._lock:
             self._hints = ()
             super().end()
-
-
-class Form(NamedTuple):
-    """One residual among packed ones."""
-
-    name: str
-    shape: torch.Size
-    channels_last: bool
-
-
-def _forms(residuals: Residuals) -> list[Form]:
-    return [
-        Form(name, t.shape, not t.is_contiguous()) for name in residuals for t in residuals[name]
-    ]
-
-
-def _pack(residuals: Residuals, forms: list[Form]) -> torch.Tensor:
-    """All residuals one behind the other, as they lie in memory: a capture has one result."""
-    tensors = [t for name in residuals for t in residuals[name]]
-    flat = [
-        (t.permute(0, 2, 3, 1) if form.channels_last else t).reshape(-1)
-        for t, form in zip(tensors, forms, strict=True)
-    ]
-    return torch.cat(flat)
-
-
-def unpack(packed: torch.Tensor, forms: list[Form]) -> Residuals:
-    """Residuals as views of the one tensor that holds them."""
-    residuals: Residuals = {}
-    parts = packed.split([form.shape.numel() for form in forms])
-    for form, part in zip(forms, parts, strict=True):
-        batch, channels, height, width = form.shape
-        if form.channels_last:
-            tensor = part.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        else:
-            tensor = part.view(form.shape)
-        residuals.setdefault(form.name, []).append(tensor)
-    return residuals
 
 
 @contextmanager

@@ -18,7 +18,8 @@ import torch
 from comfy.controlnet import ControlNet
 
 from ..recorder import Aside
-from .control import Call, OptimizedControlNet, Residuals, unpack
+from .control import Call, OptimizedControlNet
+from .residuals import Residuals, unpack
 
 
 class Late(UserDict[str, list[Any]]):

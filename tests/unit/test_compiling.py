@@ -15,7 +15,7 @@ from torch._inductor.fx_passes import misc_patterns
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses import fake_tensor
 
-from blade.blade_core.backends import BACKENDS, inductor
+from blade.blade_core.backends import BACKENDS, inductor, standalone
 from blade.blade_core.backends.compiling import kernels_of, remembered, without_gpu
 
 CHANGED: list[tuple[Any, str]] = [
@@ -132,7 +132,7 @@ def test_either_process_compiles_with_the_same_options(
     job = backend.job(request)
     assert job is not None
     backend.compile_job(job)
-    monkeypatch.setitem(inductor._OPTIONS, "conv_1x1_as_mm", None)  # as that process has it
+    monkeypatch.setitem(standalone.OPTIONS, "conv_1x1_as_mm", None)  # as that process has it
     backend.compile_job(job)
     here, *there = seen
     assert there == [here, here]

@@ -219,13 +219,13 @@ def test_it_can_run_on_the_cpu(backend: Backend) -> None:
 
 
 def test_inductor_counts_its_version_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    from blade.blade_core.backends import inductor
+    from blade.blade_core.backends import standalone
 
     fingerprint = BACKENDS["inductor"].fingerprint()
     assert torch.__version__ in fingerprint
-    for option, value in inductor._OPTIONS.items():
+    for option, value in standalone.OPTIONS.items():
         with monkeypatch.context() as changed:
-            changed.setitem(inductor._OPTIONS, option, not value)
+            changed.setitem(standalone.OPTIONS, option, not value)
             assert BACKENDS["inductor"].fingerprint() != fingerprint
 
 
