@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Tests that count what is compiled must not find what earlier ones left on disk.
 os.environ["BLADE_DISK_CACHE_MIB"] = "0"
 
-_MARKS = ("unit", "host", "server", "bench", "gpu")
+_MARKS = ("unit", "process", "host", "server", "bench", "gpu")
 
 
 # By path: the folder that holds it must not be on sys.path.

@@ -1,4 +1,4 @@
-"""What the unit tests share: a tiny unit, requests for it, and Python in a process of its own."""
+"""What tests without ComfyUI share: a tiny unit, requests for it, and Python processes."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from blade_tests.unit.samples import CPU, Unit, in_new_process, inputs_of, request_of
+from blade_tests.unit.samples import CPU, Unit, inputs_of, request_of
 
 from blade.blade_core.backends import BACKENDS
 from blade.blade_core.config import OptimizeConfig
@@ -315,25 +315,6 @@ def test_without_a_finite_reference_the_graph_is_used(engine: Engine) -> None:
     inputs = inputs_of()
     inputs[0][0, 0, 0, 0] = float("inf")
     get(engine, Fake(spoil=lambda result: result * 1.5), request_of(inputs=inputs))
-
-
-@pytest.mark.skipif(
-    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9"
-)
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_a_graph_is_compared_after_the_newer_precision_switch_was_used(precision: str) -> None:
-    """From then on torch raises when the older `allow_tf32` is read."""
-    code = f"""
-import torch
-from blade.blade_core.backends import BACKENDS
-from blade.blade_core.engine import Engine
-from blade_tests.unit.samples import request_of
-request, engine = request_of(), Engine()
-torch.backends.fp32_precision = {precision!r}
-engine.graph(request.key, BACKENDS["eager"], lambda: request, checkpoint=int, announce=str)
-print(engine.counters["graphs_compiled"])
-"""
-    assert in_new_process(code) == "1"
 
 
 class Doubled(torch.nn.Module):

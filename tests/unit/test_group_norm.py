@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
 import torch
-from blade_tests.unit.samples import in_new_process
 from torch import nn
 
 from blade.blade_core.kernels.group_norm import operator, reference, tiles, usable
@@ -106,43 +104,3 @@ def test_a_tile_fits_into_a_program(width: int, rows: int) -> None:
     assert tile.chunk // tile.step <= 16  # they are unrolled
     sizes = (tile.step, tile.groups, tile.rows, tile.channels)
     assert all(size & (size - 1) == 0 for size in sizes)
-
-
-_INTERPRETED = """
-import torch
-from blade.blade_core.kernels import group_norm
-from blade.blade_core.kernels.group_norm import reference, run
-torch.manual_seed(0)
-for at_once in (True, False):
-    if not at_once:
-        group_norm.whole_warps = lambda rows, width: 0
-    for shape, groups in (((2, 64, 8, 8), 32), ((1, 320, 9, 5), 32), ((3, 96, 13, 11), 32),
-                          ((2, 72, 10, 13), 3), ((1, 2560, 9, 9), 32)):
-        for added, silu in ((False, False), (True, True)):
-            x = (torch.randn(shape) * 2 + 50).half().contiguous(memory_format=torch.channels_last)
-            c = shape[1]
-            shift, term = torch.randn(c).half(), torch.randn(shape[0], c).half()
-            given = (x, *((shift, term) if added else (None, None)),
-                     torch.randn(c).half(), torch.randn(c).half())
-            actual = run(*given, groups, 1e-5, silu)
-            wide = [None if t is None else t.double() for t in given]
-            expected = reference(*wide, groups, 1e-5, silu)
-            error = (actual.double() - expected).norm() / expected.norm()
-            assert error <= 3e-4, (at_once, shape, added, float(error))
-            assert actual.stride() == x.stride()
-group_norm._MOST_CHUNKS = 2  # or it takes the interpreter minutes
-for mean in (0, 50):
-    x = (torch.randn(2, 64, 33, 35) * 2 + mean).half().contiguous(memory_format=torch.channels_last)
-    given = (x, None, None, torch.randn(64).half(), torch.randn(64).half())
-    actual = run(*given, 32, 1e-6, True)
-    wide = [None if t is None else t.double() for t in given]
-    expected = reference(*wide, 32, 1e-6, True)
-    assert (actual.double() - expected).norm() / expected.norm() <= 3e-4
-print("agrees")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
-def test_the_kernels_agree_with_their_twin() -> None:
-    """On the CPU, by Triton's interpreter."""
-    assert in_new_process(_INTERPRETED, TRITON_INTERPRET="1") == "agrees"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from blade_tests.unit.samples import in_new_process
 from torch import nn
 
 from blade.blade_core.kernels import grouped_linear
@@ -343,39 +341,3 @@ def test_neighbours_lie_one_behind_the_other(count: int, make: Callable[..., Any
     assert torch.equal(both, torch.cat(group.outputs[1 : 1 + count]))
     assert both.data_ptr() == group.outputs[1].data_ptr()
     assert both.is_contiguous()
-
-
-# --- the kernels --------------------------------------------------------------------------------
-
-
-_INTERPRETED = """
-import torch
-from blade.blade_core.kernels.grouped_linear import GroupedLinear, reference
-torch.manual_seed(0)
-for shape, silu, skip in (((2, 64), True, False), ((2, 77, 48), False, True)):
-    x = torch.randn(shape).half()
-    layers = [
-        (torch.randn(n, shape[-1]).half(), torch.randn(n).half() if silu else None)
-        for n in (80, 33, 64)
-    ]
-    group = GroupedLinear(x, layers, silu=silu, skip_unchanged=skip)
-    for turn in range(3):
-        for output in group.outputs:
-            output.fill_(7.0)
-        group(x)
-        kept = skip and turn == 1
-        for output, expected in zip(group.outputs, reference(x, layers, silu=silu), strict=True):
-            if kept:
-                assert output.eq(7.0).all(), "computed again"
-            else:
-                torch.testing.assert_close(output, expected, atol=3e-2, rtol=1e-2)
-        if turn == 1:
-            x.view(-1)[-1] += 1
-print("agrees")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
-def test_the_kernels_agree_with_their_twin() -> None:
-    """On the CPU, by Triton's interpreter."""
-    assert in_new_process(_INTERPRETED, TRITON_INTERPRET="1") == "agrees"

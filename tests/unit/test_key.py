@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from blade_tests.unit.samples import CPU, Choosy, Unit, in_new_process, request_of
+from blade_tests.unit.samples import CPU
 
 from blade.blade_core.key import GraphKey, TensorSpec, digest, environment
-from blade.blade_core.structure import describe
 
 SPEC = TensorSpec.of(torch.empty(2, 4, 8, 8))
 KEY = GraphKey("structure", (SPEC, 0.5, None), "layout", "inductor 2.8 a=1", "env", None, "Unit")
@@ -29,24 +28,6 @@ FIELDS = [field.name for field in dataclasses.fields(GraphKey)]
 
 
 # --- equal in every process ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", ["1", "2"])
-def test_digests_are_equal_in_every_process(
-    seed: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code = """
-import torch
-from blade_tests.unit.samples import Choosy, Unit, request_of
-from blade.blade_core.key import digest
-from blade.blade_core.structure import describe
-request = request_of(Unit())
-print(request.key.id, request.key.structure, digest(describe(Choosy())), request.key.layout)
-"""
-    seen = in_new_process(code, PYTHONHASHSEED=seed, HOME=str(tmp_path)).split()
-    key = request_of(Unit()).key
-    assert seen == [key.id, key.structure, digest(describe(Choosy())), key.layout]
 
 
 def test_digest_tells_values_apart() -> None:
@@ -163,22 +144,6 @@ def test_a_switch_of_torch_counts(name: str) -> None:
     finally:
         turn(was)
     assert environment(CPU) == before
-
-
-@pytest.mark.skipif(
-    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9"
-)
-@pytest.mark.parametrize("owner", ["torch.backends.cuda.matmul", "torch.backends"])
-def test_precision_set_by_the_newer_switch_counts(owner: str) -> None:
-    """Once it was set, torch raises when the older `allow_tf32` is read."""
-    code = f"""
-import torch
-from blade.blade_core.key import environment
-before = environment(torch.device("cpu"))
-{owner}.fp32_precision = "tf32"
-print(environment(torch.device("cpu")) != before)
-"""
-    assert in_new_process(code) == "True"
 
 
 def test_versions_and_the_host_count() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blade_tests.unit.samples import CPU, in_new_process, request_of
+from blade_tests.unit.samples import CPU, request_of
 
 from blade.blade_core.backends import BACKENDS
 from blade.blade_core.config import OptimizeConfig
@@ -15,28 +15,6 @@ from blade.blade_core.engine import Engine
 from blade.blade_core.preload import Preload
 
 PATIENCE = 20.0
-
-_IN_ORDER = """
-import sys, threading
-import torch
-from blade.blade_core.config import OptimizeConfig
-from blade.blade_core.engine import Engine
-engine, config = Engine(), OptimizeConfig(backend="inductor", on_failure="error")
-before = "torch._inductor.compile_fx" in sys.modules
-engine.expect(config, torch.device("cpu"))
-running = [t.name for t in threading.enumerate() if t.name == "blade-import"]
-engine.backends(config, torch.device("cpu"))
-print(before, running, "torch._inductor.compile_fx" in sys.modules)
-"""
-
-_REMEMBERED = """
-import hashlib
-from blade.blade_core.backends import BACKENDS
-BACKENDS["inductor"].preload()
-from torch._inductor.codecache import torch_key
-hashlib.sha256 = None
-print(len(torch_key()))
-"""
 
 
 class Slow:
@@ -91,15 +69,6 @@ def test_what_cannot_be_imported_is_no_error_here() -> None:
     slow = Slow(error=OSError("no such library"))
     slow.go.set()
     started(slow).wait()
-
-
-def test_a_model_that_is_going_to_run_has_its_compiler_imported() -> None:
-    assert in_new_process(_IN_ORDER, BLADE_COMPILE_WORKERS="0") == "False ['blade-import'] True"
-
-
-def test_torch_has_read_its_own_files() -> None:
-    """A first graph, loaded or compiled, would wait for that."""
-    assert in_new_process(_REMEMBERED) == "32"
 
 
 def test_a_first_image_in_the_background_does_not_wait_for_an_import(tmp_path: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
 import torch
-from blade_tests.unit.samples import in_new_process
 
 from blade.blade_core.kernels.short_attention import operator, parts, reference, tile, usable
 
@@ -111,27 +109,3 @@ def test_no_small_block_is_multiplied_by_wgmma() -> None:
                 blocks = [*chosen.keys, *chosen.width]
                 assert chosen.rows < 64 or chosen.warps < 4 or min(filter(None, blocks)) >= 64
                 assert sum(chosen.keys) >= keys and sum(chosen.width) >= width
-
-
-_INTERPRETED = """
-import torch
-from blade.blade_core.kernels.short_attention import reference, run
-torch.manual_seed(0)
-for b, heads, rows, keys, width in ((2, 2, 130, 77, 40), (1, 3, 64, 64, 160), (2, 2, 70, 154, 64),
-                                    (1, 2, 100, 231, 80), (1, 1, 33, 5, 64), (1, 2, 64, 16, 16)):
-    q = torch.randn(b, rows, heads * width).half().view(b, rows, heads, width).transpose(1, 2)
-    both = torch.randn(2 * b, keys, heads * width).half().view(2 * b, keys, heads, width)
-    k, v = both.transpose(1, 2).chunk(2)
-    actual = run(q, k, v, width**-0.5)
-    expected = reference(q.double(), k.double(), v.double(), width**-0.5)
-    error = (actual.double() - expected).norm() / expected.norm()
-    assert error <= 5e-4, (rows, keys, width, float(error))
-    assert actual.stride() == expected.stride()
-print("agrees")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
-def test_the_kernel_agrees_with_its_twin() -> None:
-    """On the CPU, by Triton's interpreter."""
-    assert in_new_process(_INTERPRETED, TRITON_INTERPRET="1") == "agrees"

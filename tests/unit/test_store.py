@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from blade_tests.unit.samples import CPU, Unit, in_new_process, request_of
+from blade_tests.unit.samples import CPU, Unit, request_of
 
 from blade.blade_core.backends import BACKENDS, Backend
 from blade.blade_core.backends.eager import EagerBackend
@@ -339,31 +339,6 @@ def test_a_second_engine_loads_and_compiles_nothing(name: str, folder: Path) -> 
     assert second.counters.snapshot()["load_seconds"] > 0
     with second.counters.expect(graphs_loaded=0, cache_hits=1):
         get(second, other, backend)
-
-
-def test_a_process_after_it_loads_without_tracing(folder: Path) -> None:
-    # With Inductor: tests/server/test_restart.py.
-    code = """
-import os
-from pathlib import Path
-import torch
-from torch.fx.experimental import proxy_tensor
-from blade_tests.unit.samples import request_of
-from blade.blade_core.backends import BACKENDS
-from blade.blade_core.engine import Engine
-def no_tracing(*_):
-    raise AssertionError("traced")
-if os.environ["LOADS"] == "1":
-    proxy_tensor.make_fx = no_tracing
-engine = Engine(store=(Path(os.environ["FOLDER"]), 2**30))
-request = request_of()
-graph = engine.graph(request.key, BACKENDS["eager"], lambda: request,
-                     checkpoint=lambda: None, announce=lambda key: None)
-graph.call(request.weights, request.inputs)
-print(engine.counters["graphs_compiled"], engine.counters["graphs_loaded"])
-"""
-    for loads, expected in (("0", "1 0"), ("1", "0 1")):
-        assert in_new_process(code, FOLDER=str(folder), LOADS=loads) == expected
 
 
 def test_a_frozen_graph_is_not_stored(folder: Path) -> None:

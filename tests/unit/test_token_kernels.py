@@ -3,12 +3,10 @@ be used, and they themselves."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
 import torch
-from blade_tests.unit.samples import in_new_process
 from torch.nn import functional
 
 from blade.blade_core.kernels import device, flash_attention, geglu, layer_norm
@@ -177,56 +175,3 @@ def test_other_gpus_have_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     q = heads(2, 8, 256, 64)
     assert not geglu.usable(*layer()) and not flash_attention.usable(q, q, q)
     assert layer_norm.usable(on_gpu(2, 64, 1280), False)
-
-
-# --- the kernels --------------------------------------------------------------------------------
-
-_INTERPRETED = """
-import torch
-import triton
-from blade.blade_core.kernels import flash_attention, geglu, layer_norm
-torch.manual_seed(0)
-
-def close(actual, expected, bound=4e-4):
-    error = (actual.double() - expected).norm() / expected.norm()
-    assert error <= bound, float(error)
-
-# Before 3.7 the interpreter cannot count to a kernel's argument.
-knows_ranges = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-for rows, columns in ((256, 128), (300, 256)) if knows_ranges else ():
-    x, weight = torch.randn(rows, 64).half(), (torch.randn(2 * columns, 64) / 8).half()
-    given = (x, weight, torch.randn(2 * columns).half())
-    geglu.processors = lambda _: 2  # so few that one program does several tiles
-    for part in (geglu._SMALL, geglu._LARGE):
-        geglu.tile = lambda *_: part
-        close(geglu.run(*given), geglu.reference(*(t.double() for t in given)))
-
-for width in (1032, 1280, 2560):
-    x, term = (torch.randn(2, 3, width) + 30).half(), torch.randn(2, 3, width).half()
-    shift, weight, bias = torch.randn(3, width).half()
-    for given in ((x, None, None), (x, shift, term), (x, None, term), (x, shift, None)):
-        total, normed = layer_norm.run(*given, weight, bias, 1e-5)
-        wide = [None if t is None else t.double() for t in (*given, weight, bias)]
-        summed, _ = layer_norm.reference(*wide, 1e-5)
-        rounded = summed.half()
-        close(normed, torch.nn.functional.layer_norm(rounded.double(), (width,), *wide[3:], 1e-5))
-        if total.numel():
-            close(total, summed)
-        else:
-            assert given[1:] == (None, None)
-
-for b, heads, rows, keys, width in ((2, 2, 130, 128, 64), (1, 2, 64, 100, 40), (1, 1, 70, 200, 80),
-                                    (1, 1, 33, 81, 160), (1, 2, 64, 192, 96)):
-    q, k, v = (torch.randn(b, n, heads * width).half().view(b, n, heads, width).transpose(1, 2)
-               for n in (rows, keys, keys))
-    actual = flash_attention.run(q, k, v, width**-0.5)
-    close(actual, flash_attention.reference(*(t.double() for t in (q, k, v)), width**-0.5), 6e-4)
-    assert actual.transpose(1, 2).is_contiguous()
-print("agrees")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
-def test_the_kernels_agree_with_their_twins() -> None:
-    """On the CPU, by Triton's interpreter."""
-    assert in_new_process(_INTERPRETED, TRITON_INTERPRET="1") == "agrees"
