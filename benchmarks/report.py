@@ -23,6 +23,7 @@ REMARKS = ROOT / "benchmarks" / "results" / "remarks.json"
 IMAGES = ROOT / "docs" / "images"
 MAIN_SCENARIOS = ("sd15-512-b1", "sdxl-1024-b1")
 BATCHES = ("sd15-512-b8", "sdxl-1024-b4")
+SIZES = ("sd15-512-b1", "sd15-768-b1", "sd15-1024-b1")
 CONTROLNETS = ("", "-cn1", "-cn2")
 PUBLISHED_SHAPE = "sd15-512-b1"
 
@@ -140,7 +141,8 @@ def _starts(rows: Sequence[Row]) -> list[str]:
     about = """\
 The first image of a new process. *blade* finds nothing on disk and compiles; *blade-restart* is a
 process after it, which finds what *blade* left; *blade-restart-idle* is one that has got ready, as
-a server does until its first prompt comes. The model's way to the GPU is in all of them."""
+a server does until its first prompt comes. The model's way to the GPU is in all of them. Below,
+sizes that come one after the other in one process, none of which was compiled before."""
     lines = ["## Start and restart", "", about]
     systems = ("eager", "blade", "blade-restart")
     for scenario in MAIN_SCENARIOS:
@@ -148,6 +150,10 @@ a server does until its first prompt comes. The model's way to the GPU is in all
         if chosen.row(scenario, "blade-restart"):
             present = chosen.systems(systems)
             lines += ["", *tables.starts(chosen, scenario, present), *_source(chosen)]
+    chosen = select(rows, SIZES, ["blade"])
+    measured = [scenario for scenario in SIZES if chosen.row(scenario, "blade")]
+    if len(measured) > 1:
+        lines += ["", *tables.sizes(chosen, measured), *_source(chosen)]
     return lines
 
 

@@ -115,26 +115,32 @@ def costs(rows: Selection, scenario: str) -> list[str]:
     )
 
 
+_STARTS = (
+    ("first image", "first_image_s", " s", None),
+    ("second image", "warm_first_image_s", " s", None),
+    ("compiled", "graphs", "", 0),
+    ("loaded", "graphs_loaded", "", 0),
+    ("loading", "load_s", " s", None),
+)
+
+
 def starts(rows: Selection, scenario: str, systems: Sequence[str]) -> list[str]:
     """First images of new processes, with and without graphs on disk."""
-    columns = (
-        ("first image", "first_image_s", " s", None),
-        ("second image", "warm_first_image_s", " s", None),
-        ("compiled", "graphs", "", 0),
-        ("loaded", "graphs_loaded", "", 0),
-        ("loading", "load_s", " s", None),
-    )
-    lines = [
-        [
-            system,
-            *(
-                number(rows.value(scenario, system, field), unit, digits)
-                for _, field, unit, digits in columns
-            ),
-        ]
-        for system in systems
+    lines = [[system, *_start(rows, scenario, system)] for system in systems]
+    return table([title(scenario), *(heading for heading, *_ in _STARTS)], lines)
+
+
+def sizes(rows: Selection, scenarios: Sequence[str]) -> list[str]:
+    """First images of sizes that come one after the other in one process."""
+    lines = [[title(scenario), *_start(rows, scenario, "blade")] for scenario in scenarios]
+    return table(["one after the other", *(heading for heading, *_ in _STARTS)], lines)
+
+
+def _start(rows: Selection, scenario: str, system: str) -> list[str]:
+    return [
+        number(rows.value(scenario, system, field), unit, digits)
+        for _, field, unit, digits in _STARTS
     ]
-    return table([title(scenario), *(heading for heading, *_ in columns)], lines)
 
 
 def kernels(rows: Selection, scenario: str, systems: Sequence[str], base: str) -> list[str]:

@@ -16,8 +16,9 @@ from .pool import Result, WorkerFailed, Workers, worker_count
 from .store import GraphStore
 from .worker import FORKS
 
-_WORTH = 6
-"""From how many processes on they are faster than this one alone where somebody waits for them."""
+_WORTH = 2
+"""From how many processes on they are faster than this one alone where somebody waits for them:
+two on four cores took 25 s for a first image, this one on sixteen 42 (docs/log.md)."""
 
 
 class Jobs:
@@ -42,7 +43,7 @@ class Jobs:
 
     def pays(self, device: torch.device) -> bool:
         """Whether they are faster than this one where somebody waits for them: if the user says
-        so, or if there are cores and memory enough. (Where none can fork, each would import a
+        so, or if there are two of them. (Where none can fork, each would import a
         compiler of its own.)"""
         asked = compile_workers() is not None
         return self.usable(device) if asked else FORKS and self._pool(device).count >= _WORTH

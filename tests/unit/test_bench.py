@@ -222,6 +222,10 @@ def test_the_report_says_what_a_restart_takes() -> None:
     none = tables.NONE
     assert f"| blade-restart | 6.00 s | {none} | {none} | 26 | {none} |" in text
     assert f"| blade | 20.0 s | {none} | 26 | {none} | {none} |" in text
+    assert "one after the other |" not in text
+    start.append(row("r", "sd15-768-b1", "blade", first_image_s=5.5, graphs=26))
+    title = tables.title("sd15-768-b1")
+    assert f"| {title} | 5.50 s | {none} | 26 | {none} | {none} |" in report.document(start)
 
 
 def test_the_report_says_what_a_kernel_gives_alone() -> None:
