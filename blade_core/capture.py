@@ -217,6 +217,10 @@ class Replayer:
         self._waited: dict[Hashable, int] = {}
         self._recorded: Counter[Hashable] = Counter()
 
+    def begin_run(self) -> None:
+        """Where it is kept over runs: what was dropped between them may be recorded again."""
+        self._recorded.clear()
+
     def replay(self, key: Hashable, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Replay what was captured as `key`, if it was."""
         capture = self._pool.get(key)

@@ -33,7 +33,7 @@ class Counters:
     """Thread-safe counts, and the seconds spent compiling, loading and capturing."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collector that runs meanwhile may drop captures
         self._counts = dict.fromkeys(NAMES, 0)
         self._compile_seconds = 0.0
         self._load_seconds = 0.0

@@ -60,6 +60,36 @@ def describe(module: nn.Module, *, ignore: Collection[str] = ()) -> tuple[Any, .
     )
 
 
+def describe_function(function: Any) -> object:
+    """Return what `function` computes: its code, its defaults, and what it closes over.
+
+    Raises:
+        UnknownStructure: among these is something that has no description.
+    """
+    return _closure(function, {})
+
+
+def _closure(value: Any, seen: dict[types.FunctionType, int]) -> object:
+    where = "a function that an attention function uses"
+    if isinstance(value, functools.partial):
+        given = (value.func, *value.args, *sorted(value.keywords.items()))
+        return ("partial", *(_closure(v, seen) for v in given))
+    if not isinstance(value, types.FunctionType):
+        return _value(value, where)
+    if value in seen:  # functions may hold each other
+        return ("again", seen[value])
+    seen[value] = len(seen)
+    try:
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+    except ValueError as error:
+        raise UnknownStructure(f"{where} is not complete yet") from error
+    defaults = (*(value.__defaults__ or ()), *sorted((value.__kwdefaults__ or {}).items()))
+    return (
+        *("function", value.__module__, value.__qualname__, _code(value.__code__)),
+        *(_closure(v, seen) for v in (*held, *defaults)),
+    )
+
+
 def reads_training(module: nn.Module) -> bool:
     """Whether a module in `module` may compute something else in training mode than in eval mode.
 

@@ -6,30 +6,39 @@ from typing import Any
 
 import comfy.ldm.modules.attention
 
+from ..errors import UnknownStructure
+from ..key import digest
+from ..structure import describe_function
+
+_NAMES = ("optimized_attention", "optimized_attention_masked")
+
 
 def attention_names() -> tuple[str, ...]:
     """The host's part of every key: the attention function, chosen at start or by another pack."""
-    attention = comfy.ldm.modules.attention
-    names = ("optimized_attention", "optimized_attention_masked")
-    functions = [getattr(attention, name) for name in names]
-    return tuple(_function_name(f) for f in functions)
+    return tuple(_name(f) or "unknown" for f in _functions())
 
 
-_AT_IMPORT = frozenset(
-    id(getattr(comfy.ldm.modules.attention, name))
-    for name in ("optimized_attention", "optimized_attention_masked")
-)
-_others: list[Any] = []
-"""Attention functions that other packs have set since then; kept, so that ids stay theirs."""
+def unknown_attention() -> str | None:
+    """Why layers with attention cannot be compiled, if another pack's function is in the way."""
+    if all(_name(f) for f in _functions()):
+        return None
+    return "another node pack set an attention function that Blade cannot describe"
 
 
-def _function_name(function: Any) -> str:
-    """Functions of others may be closures, which only their identity tells apart."""
+def _functions() -> list[Any]:
+    return [getattr(comfy.ldm.modules.attention, name) for name in _NAMES]
+
+
+_AT_IMPORT = frozenset(map(id, _functions()))
+
+
+def _name(function: Any) -> str | None:
+    """Packs set a new closure in each run, which is the same if it has the same code over the same
+    values."""
     name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
     if id(function) in _AT_IMPORT:
         return name
-    known = next((i for i, other in enumerate(_others) if other is function), None)
-    if known is None:
-        known = len(_others)
-        _others.append(function)
-    return f"{name}#{known}"
+    try:
+        return f"{name}#{digest(describe_function(function))}"
+    except UnknownStructure:
+        return None

@@ -78,6 +78,10 @@ class OptimizedBlock:
         slots = [slot for unit in self.units for slot in unit.weights.slots()]
         return slots + parameter_slots(projected)
 
+    def containers(self) -> list[nn.Module]:
+        """Its modules that hold others: on these packs set a `forward` or hooks."""
+        return [module for module, _ in self._seen if module._modules]
+
     def projections(self) -> list[Projection]:
         return [unit.step.projection for unit in self.units if unit.step.projection is not None]
 

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.attention import (
+    BasicTransformerBlock,
+    CrossAttention,
+    SpatialTransformer,
+)
 from comfy.ldm.modules.diffusionmodules.openaimodel import (
     Downsample,
     ResBlock,
@@ -21,6 +25,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import (
 )
 from torch import nn
 
+from .attention import unknown_attention
 from .projections import Projection, replaced, without_context, without_embedding
 
 
@@ -64,6 +69,9 @@ def program(block: nn.Module) -> list[Step] | str:
             twin, projection = without_embedding(layer) or (layer, None)
             steps.append(Step(label, Layer(twin), ("h", "emb"), "h", projection))
         elif kind is SpatialTransformer:
+            reason = unknown_attention() or _foreign_part(layer)
+            if reason is not None:
+                return reason
             steps += _transformer(layer)
         elif kind is Upsample:
             label = f"Upsample {layer.channels}"
@@ -72,13 +80,28 @@ def program(block: nn.Module) -> list[Step] | str:
             label = f"{kind.__name__} {'→'.join(str(c) for c in _channels(layer))}"
             steps.append(Step(label, Layer(layer), ("h",), "h"))
         else:
-            return f"it holds a {kind.__module__}.{kind.__name__}, which Blade does not know"
+            return _unknown(kind)
     return steps
 
 
 def count_transformers(block: nn.Module) -> int:
     """How far a block moves the host's `transformer_index`."""
     return sum(isinstance(layer, SpatialTransformer) for layer in block.children())
+
+
+def _foreign_part(layer: SpatialTransformer) -> str | None:
+    """Why its parts may go by `transformer_options`, which never enter a graph."""
+    for block in layer.transformer_blocks:
+        if type(block) is not BasicTransformerBlock:
+            return _unknown(type(block))
+        for attention in (block.attn1, block.attn2):
+            if attention is not None and type(attention) is not CrossAttention:
+                return _unknown(type(attention))
+    return None
+
+
+def _unknown(kind: type) -> str:
+    return f"it holds a {kind.__module__}.{kind.__name__}, which Blade does not know"
 
 
 def _transformer(layer: SpatialTransformer) -> list[Step]:

@@ -54,7 +54,7 @@ class CompiledControlNet(ControlNet):
         self._of_blade = "blade" in wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
         # The host scales the image anew whenever sizes change, as areas do within each step.
         images, form = self._images or {}, tuple(x_noisy.shape)
-        if self.cond_hint is not None:
+        if any(self.cond_hint is image for image in images.values()):  # and not a pack's own tile
             self.cond_hint = images.get(form, self.cond_hint)
         control = super().get_control(x_noisy, t, cond, batched_number, transformer_options)
         if self.cond_hint is not None:

@@ -269,6 +269,11 @@ class OptimizedControlNet(OptimizedModel):
             self._hints = ()
             super().end()
 
+    def drop_captures(self) -> None:
+        with self._lock:
+            self._forms.clear()
+            super().drop_captures()
+
 
 @contextmanager
 def _swapped(

@@ -73,14 +73,14 @@ class OptimizedModel:
         self._projections = Projections()
         self._captured_with: tuple[Any, ...] = ()
         self._state = self._held = 0
-        self._elsewhere: list[tuple[weakref.ref[CapturePool], Hashable]] = []
+        self._elsewhere: set[tuple[weakref.ref[CapturePool], Hashable]] = set()
         self._guard: object | None = None
         self._replayer: Replayer | None = None
         self._outside: str | None = None
         self._replays = 0
         self._bound = 0
         self._rebuilds = False
-        self._classes: dict[type[nn.Module], tuple[Any, ...]] = {}
+        self._code: tuple[Any, ...] = ()
         self._progress = CompileProgress(None)
         self._holders = self._hold(model)
         # With it goes what other models have captured of it.
@@ -135,7 +135,7 @@ class OptimizedModel:
         result = replayer(signature, captured, tensors)
         if within and self._pool.get(signature) is not None:
             for model in within:
-                model._elsewhere.append((weakref.ref(self._pool), signature))
+                model._elsewhere.add((weakref.ref(self._pool), signature))
         return result
 
     def _pays_not(self) -> str | None:
@@ -219,12 +219,12 @@ class OptimizedModel:
             projections=self._projections,
             parallel=self._parallel(x.device),
         )
-        classes = describe_classes(model)
+        code = (attention_names(), describe_classes(model))
         for block in self.blocks:
-            if classes != self._classes:
+            if code != self._code:
                 block.forget()
             block.read()
-        self._classes = classes
+        self._code = code
         if backends[0].joins(x.device):
             join_weights([a for block in self.blocks for a in block.attentions], x.device)
         slots = [slot for block in self.blocks for slot in block.slots()]
@@ -233,15 +233,16 @@ class OptimizedModel:
         for block in self.blocks:
             block.begin(x.device, x.dtype, run)
         outer = outer_modules(model, self.inside)
-        self._watch.start(slots + parameter_slots(outer))
+        parts = [part for block in self.blocks for part in block.containers()]
+        self._watch.start(slots + parameter_slots(outer), parts)
         self._replays = 0
         known, self._replayer = self._replayer, None
         self._outside = None
         self._projections.begin([p for block in self.blocks for p in block.projections()])
         if self.config.capture and self._pool.usable(x.device):
             self._outside = not_capturable(outer, x.device)
-            fresh = known is None or not self.one_call
-            self._replayer = self._new_replayer() if fresh else known
+            self._replayer = known if known and self.one_call else self._new_replayer()
+            self._replayer.begin_run()
         self._keep_captures(x.device, run, self._describe_outer(model))
         self._run = run
         self._engine.counters.add(self.counters[0])
@@ -339,7 +340,7 @@ class OptimizedModel:
 def _drop(
     pool: CapturePool,
     projections: Projections,
-    elsewhere: list[tuple[weakref.ref[CapturePool], Hashable]],
+    elsewhere: set[tuple[weakref.ref[CapturePool], Hashable]],
 ) -> None:
     """Drop a model's captures, and those of other models that hold its work."""
     projections.clear()  # first: the pool gives the device what is free by then
@@ -347,7 +348,7 @@ def _drop(
     _discard(elsewhere)
 
 
-def _discard(elsewhere: list[tuple[weakref.ref[CapturePool], Hashable]]) -> None:
+def _discard(elsewhere: set[tuple[weakref.ref[CapturePool], Hashable]]) -> None:
     while elsewhere:
         other, signature = elsewhere.pop()
         found = other()

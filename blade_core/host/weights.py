@@ -7,6 +7,7 @@ checkpoint) is seen without asking. Weights that the host keeps elsewhere or pat
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from collections import Counter
@@ -226,23 +227,27 @@ def _restride(weight: torch.Tensor, stride: tuple[int, ...]) -> None:
 
 
 class Watch:
-    """Tells whether the host replaced or moved a weight since `start`.
+    """Tells whether the host replaced or moved a weight since `start`, or somebody code.
 
-    Changes in place (LoRA hooks) need no notice: graphs read the weights in every call.
+    Changes in place (LoRA hooks) need no notice: graphs read the weights in every call. Code is
+    a module's `forward` or hooks, where it had neither: packs set them around some of the calls.
     """
 
     def __init__(self) -> None:
         self._slots: list[Slot] = []
         self._tensors: list[torch.Tensor] = []
+        self._plain: list[tuple[dict[str, Any], dict[int, Any], dict[int, Any]]] = []
         self.addresses: list[int] = []
 
-    def start(self, slots: list[Slot]) -> None:
+    def start(self, slots: list[Slot], modules: Sequence[nn.Module] = ()) -> None:
         self._slots = slots
         self._tensors = [tensors[key] for tensors, key in slots]
         self.addresses = [tensor.data_ptr() for tensor in self._tensors]
+        code = ((vars(m), m._forward_hooks, m._forward_pre_hooks) for m in modules)
+        self._plain = [parts for parts in code if not _has_code(*parts)]
 
     def stop(self) -> None:
-        self._slots, self._tensors, self.addresses = [], [], []
+        self._slots, self._tensors, self._plain, self.addresses = [], [], [], []
 
     @property
     def first(self) -> torch.Tensor:
@@ -253,7 +258,12 @@ class Watch:
         return (
             not all(map(operator.is_, now, self._tensors))
             or [tensor.data_ptr() for tensor in self._tensors] != self.addresses
+            or any(itertools.starmap(_has_code, self._plain))
         )
+
+
+def _has_code(attributes: dict[str, Any], hooks: dict[int, Any], pre_hooks: dict[int, Any]) -> bool:
+    return bool("forward" in attributes or hooks or pre_hooks)
 
 
 def when_freed(tensor: torch.Tensor, callback: Callable[[], None]) -> object | None:
