@@ -216,15 +216,21 @@ class Replayer:
         self._forms: dict[Hashable, torch.Tensor | None] = {}  # of results; None: never record
         self._waited: dict[Hashable, int] = {}
         self._recorded: Counter[Hashable] = Counter()
+        self._replayed: set[Hashable] = set()
 
     def begin_run(self) -> None:
-        """Where it is kept over runs: what was dropped between them may be recorded again."""
-        self._recorded.clear()
+        """Where it is kept over runs: what was dropped after it was of use may be recorded again."""
+        for key in self._replayed:
+            del self._recorded[key]
+        self._replayed.clear()
 
     def replay(self, key: Hashable, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """Replay what was captured as `key`, if it was."""
         capture = self._pool.get(key)
-        return None if capture is None else capture(inputs)
+        if capture is None:
+            return None
+        self._replayed.add(key)
+        return capture(inputs)
 
     def never(self, key: Hashable) -> bool:
         """Whether it is known that `key` cannot be captured in this run."""

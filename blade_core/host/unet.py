@@ -124,8 +124,8 @@ class OptimizedUNet(OptimizedModel):
             *plain, control = call.arguments(tensors[:count])
             if calls is not None:
                 control, self._join = calls.launch(tensors[count:])
-            # What the host keeps for its patches, which this call has none of, stays outside.
-            return self._launch(executor, unet, (*plain, control, {}), {})
+            # Blocks that run as stock may go by the options; then none of this is recorded.
+            return self._launch(executor, unet, (*plain, control, args[5]), {})
 
         within = () if calls is None else calls.models
         result = self._as_one(signature, tensors, reason, work, within)

@@ -97,3 +97,16 @@ def test_a_step_that_never_calls_the_unet(session: Session, sd15: Any) -> None:
     for _ in range(2):
         actual = sample(optimize_model(cached(), EAGER), **applied(control, **plain), steps=6)
         assert relative_rms(actual, expected) <= BOUND
+
+
+def test_models_that_move_leave_nothing_behind(session: Session, sd15: Any) -> None:
+    control = make_controlnet(SD15)
+    model, given = optimize_model(sd15, EAGER), applied(control, **prompts())
+    sizes = set()
+    for moved in (control.control_model, sd15.model, control.control_model, sd15.model):
+        sample(model, **given, steps=4)
+        state = session.controlnet(control.control_model, EAGER)
+        sizes.add((len(state._forms), len(state._elsewhere)))
+        for parameter in moved.parameters():
+            parameter.data = parameter.data.clone()
+    assert len(sizes) == 1

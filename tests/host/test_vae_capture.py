@@ -201,3 +201,15 @@ def test_a_failing_capture_costs_no_image(session: Session, vae: Any) -> None:
         for seed in range(3):
             used(strict, decode(seed=seed))
     comfy.model_management.unload_all_models()
+
+
+def test_what_was_dropped_between_images_is_recorded_again(
+    session: Session, vae: Any, captured: Any
+) -> None:
+    decoder = session.vae(vae.first_stage_model.decoder, FALLBACK)
+    for turn in range(4):
+        decoder.drop_captures()  # as other models' captures do, or the clear node
+        with session.engine.counters.expect(captures=1, vae_replays=1):
+            used(captured, decode(seed=turn))
+            used(captured, decode(seed=turn + 1))
+    assert reports(session)["VAE decoder"]["not_captured"] == []
