@@ -73,7 +73,7 @@ class Engine:
         elif config.backend in _ORDER and not config.strict:
             names = _ORDER[_ORDER.index(config.backend) :]
         self._preload.wait()
-        reasons = {name: BACKENDS[name].available(device) for name in names}
+        reasons = {name: _why_not(BACKENDS[name], device) for name in names}
         usable = tuple(_chosen(name, config) for name in names if reasons[name] is None)
         why_not = {name: reason for name, reason in reasons.items() if reason is not None}
         if not usable:
@@ -235,8 +235,11 @@ class Engine:
         except Exception as error:  # whatever unpickling raises
             if is_cancel(error):
                 raise
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or is_disk_full(error):
                 raise _failure(backend.name, request, error) from error
+            if isinstance(error, OSError):  # of a folder that it is unpacked into
+                warn_once(f"Blade cannot load compiled graphs: {first_line(error)}")
+                return None
             logger.debug("%s cannot be loaded", request.key, exc_info=True)
             reason = first_line(error)
         else:
@@ -274,6 +277,14 @@ class Engine:
         if self.store is not None and compiled.artifact is not None and not request.frozen:
             self.store.write(request.key, compiled.artifact)
         return Graph(request.key, compiled.call, compiled.nbytes, seconds, backend.capturable)
+
+
+def _why_not(backend: Backend, device: torch.device) -> str | None:
+    """Why `backend` cannot run for `device`, also where its packages are broken."""
+    try:
+        return backend.available(device)
+    except Exception as error:  # whatever half-imported packages raise
+        return f"it cannot be asked ({first_line(error)})"
 
 
 def _job(backend: Backend, request: GraphRequest) -> bytes | None:

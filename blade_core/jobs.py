@@ -21,6 +21,10 @@ _WORTH = 2
 two on four cores took 25 s for a first image, this one on sixteen 42 (docs/log.md)."""
 
 
+_MOST = 128
+"""Results that nobody has taken: those of two sizes. More are of sizes that were given up."""
+
+
 class Jobs:
     """What other processes are compiling, have compiled, or are going to.
 
@@ -30,10 +34,12 @@ class Jobs:
     def __init__(self, store: GraphStore | None) -> None:
         self.finished = 0
         """How many have ended, for telling whether anything has changed."""
+        self.cleared = 0
+        """How often all was forgotten."""
         self._store = store
         self._workers: Workers | None = None
         self._device: torch.device | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a job that has ended already is kept at once
         self._running: dict[GraphKey, Future[Result]] = {}
         self._held: dict[GraphKey, tuple[str, bytes]] = {}
 
@@ -74,6 +80,7 @@ class Jobs:
             if len(self._held) < least and not self._busy():
                 return
             held, self._held = self._held, {}
+            self._forget_oldest()
             assert self.usable(device) and self._workers is not None
             for key, job in held.items():
                 self._running[key] = self._workers.submit(*job)
@@ -118,6 +125,13 @@ class Jobs:
         warn_once(f"A process of its own could not compile {key.label} ({error}); this one will.")
         return None
 
+    def clear(self) -> None:
+        """Forget what was made and what is held; what is still made is for nobody."""
+        with self._lock:
+            self.cleared += 1
+            self._held.clear()
+            self._running.clear()
+
     def close(self) -> None:
         """End all processes."""
         if self._workers is not None:
@@ -126,10 +140,19 @@ class Jobs:
     def _busy(self) -> bool:
         return any(not job.done() for job in self._running.values())
 
+    def _forget_oldest(self) -> None:
+        ended = [key for key, job in self._running.items() if job.done()]
+        for key in ended[: max(0, len(ended) - _MOST)]:
+            del self._running[key]
+
     def _keep(self, key: GraphKey) -> Callable[[Future[Result]], None]:
+        cleared = self.cleared
+
         def keep(job: Future[Result]) -> None:
-            if self._store is not None and job.exception() is None:
-                self._store.write(key, job.result().artifact)
-            self.finished += 1
+            store = self._store if cleared == self.cleared else None
+            if store is not None and job.exception() is None:
+                store.write(key, job.result().artifact)
+            with self._lock:
+                self.finished += 1
 
         return keep

@@ -21,16 +21,20 @@ import torch
 
 from .config import compile_workers
 from .graph import GraphFunction
+from .log import logger
+from .machine import cores, free_memory
 from .worker import FORKS, Answer, Job, read, write
 
 _START = """
-import importlib.util, sys
+import importlib.util, os, sys
 folder, children = sys.argv[1:]
+answers = os.dup(1)
+os.dup2(2, 1)  # what is printed, by imports too, is no answer
 spec = importlib.util.spec_from_file_location(
     "blade_core", folder + "/__init__.py", submodule_search_locations=[folder])
 sys.modules["blade_core"] = importlib.util.module_from_spec(spec)
 from blade_core.worker import main
-main(int(children))
+main(int(children), answers)
 """
 """Without the host, and by no name that the host gave the pack."""
 
@@ -82,10 +86,7 @@ class Workers:
         """End all processes, also in the middle of their work."""
         atexit.unregister(self.close)
         for process in self.processes():
-            if FORKS:
-                os.killpg(process.pid, signal.SIGKILL)  # with its children
-            else:
-                process.kill()
+            _end(process)
 
 
 class _Server:
@@ -130,16 +131,19 @@ class _Server:
                 assert process.stdin is not None
                 write(process.stdin, job)
                 return True
-            except OSError:
+            except Exception:  # a broken pipe; no process or no thread to be had
+                logger.debug("a process cannot be told what to compile", exc_info=True)
                 self._told.pop(job.number, None)
+                _end(self.process)
                 self.process = None
                 return False
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self.process is None or self.process.poll() is not None:
             folder = str(Path(__file__).parent)
+            alike = ["-s"] if sys.flags.no_user_site else []  # or it would find another torch
             self.process = subprocess.Popen(
-                [sys.executable, "-s", "-c", _START, folder, str(self._children)],
+                [sys.executable, *alike, "-c", _START, folder, str(self._children)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | _VARIABLES,
@@ -150,13 +154,16 @@ class _Server:
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        while (answer := read(process.stdout)) is not None:
-            number, artifact, error, seconds = Answer(*answer)
-            if artifact is None:
-                self._fail([number], str(error))
-            else:
-                self._told.pop(number, None)
-                self._waiting.pop(number).set_result(Result(artifact, seconds))
+        try:
+            while (answer := read(process.stdout)) is not None:
+                number, artifact, error, seconds = Answer(*answer)
+                if artifact is None:
+                    self._fail([number], str(error))
+                else:
+                    self._done(number).set_result(Result(artifact, seconds))
+        except Exception:  # what came is no answer
+            logger.debug("a process that compiles is not understood", exc_info=True)
+            _end(process)
         process.wait()
         with self._lock:  # what comes later is told to another
             lost = [number for number, told in self._told.items() if told is process]
@@ -164,12 +171,26 @@ class _Server:
 
     def _fail(self, numbers: list[int], reason: str) -> None:
         for number in numbers:
+            self._done(number).set_exception(WorkerFailed(reason))
+
+    def _done(self, number: int) -> Future[Result]:
+        with self._lock:
             self._told.pop(number, None)
-            self._waiting.pop(number).set_exception(WorkerFailed(reason))
+            return self._waiting.pop(number)
 
     @staticmethod
     def _thread(target: Callable[..., None], *args: Any) -> None:
         threading.Thread(target=target, args=args, name="blade-compile", daemon=True).start()
+
+
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    """End it at once, with its children."""
+    if process is not None and process.poll() is None:
+        with suppress(OSError):  # it has ended by now
+            if FORKS:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
 
 
 def worker_count(device: torch.device) -> int:
@@ -183,21 +204,5 @@ def worker_count(device: torch.device) -> int:
     if device.type != "cuda":
         return 1  # more would take the cores from sampling
     free, _ = torch.cuda.mem_get_info(device)
-    room = min(free // _VRAM_BYTES, _free_memory() // _MEMORY_BYTES)
-    return max(1, min(_MOST, _cores() - 2, room))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _free_memory() -> int:
-    """Bytes of main memory that can be had, or very many where the system does not say."""
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 2**10
-    return 2**60
+    room = min(free // _VRAM_BYTES, free_memory() // _MEMORY_BYTES)
+    return max(1, min(_MOST, cores() - 2, room))

@@ -6,6 +6,7 @@ so that files are only read from a folder that is its user's own.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -53,12 +54,12 @@ class GraphStore:
         self._usable: bool | None = None  # asked when it is first needed
 
     def __contains__(self, key: GraphKey) -> bool:
-        return self._path(key).is_file()
+        return os.path.isfile(self._path(key))  # False too where nobody may look
 
     def read(self, key: GraphKey) -> bytes | None:
         """Return what was stored for `key`, or None."""
         path = self._path(key)
-        if not path.is_file() or not self._is_ours():
+        if key not in self or not self._is_ours():
             return None
         try:
             head, _, artifact = read_private(path).partition(b"\n")
@@ -68,7 +69,12 @@ class GraphStore:
                 return artifact
         except FileNotFoundError:  # another process made room
             return None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            if error.errno not in (None, errno.ELOOP):  # the disk's fault, not the file's
+                warn_once(f"Blade cannot read {path} ({first_line(error)}) and compiles it again.")
+                return None
+            damage = first_line(error)
+        except ValueError as error:
             damage = first_line(error)
         self.drop(key, damage)
         return None
@@ -84,7 +90,9 @@ class GraphStore:
 
         What is damaged is left out, for `read` to say so.
         """
-        files = self._files() if self.folder.is_dir() and self._is_ours() else []
+        files = self._files()
+        if not files or not self._is_ours():
+            return
         for used, _, path in reversed(files[-count:]):
             if used < files[-1][0] - seconds:
                 return
@@ -178,7 +186,10 @@ class GraphStore:
     def _is_ours(self) -> bool:
         """Whether nobody else can put files into the folder."""
         if self._usable is None:
-            reason = why_not_private(self.folder)
+            try:
+                reason = why_not_private(self.folder)
+            except OSError as error:  # of a folder above it
+                reason = first_line(error)
             self._usable = reason is None
             if reason is not None:
                 warn_once(

@@ -50,11 +50,13 @@ class Answer(NamedTuple):
     seconds: float
 
 
-def main(children: int) -> None:
-    """Compile until there is nothing more to read, by so many children at a time."""
+def main(children: int, output: int) -> None:
+    """Compile until there is nothing more to read, by so many children at a time.
+
+    output: the descriptor for answers; standard output takes what compilers print.
+    """
     jobs = os.fdopen(os.dup(0), "rb", buffering=0)  # what is read ahead cannot be waited for
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what compilers print is no answer
+    answers = os.fdopen(output, "wb")
     warnings.simplefilter("ignore")  # whoever can do something about them has seen them
     with suppress(OSError, AttributeError):
         os.nice(10)  # sampling goes on meanwhile

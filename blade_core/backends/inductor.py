@@ -79,6 +79,8 @@ class InductorBackend:
     def job(self, request: GraphRequest) -> bytes | None:
         if request.frozen or not hasattr(torch._inductor, "standalone_compile"):
             return None
+        if _not_private() is not None:  # it could not be loaded here
+            return None
         patches = standalone.patches_for(request.inputs)
         return pickle.dumps(tuple(_Job(pack(trace(request)), self.kernels, switches(), patches)))
 
@@ -126,11 +128,12 @@ class InductorBackend:
     ) -> GraphFunction:
         """The same where there is no request yet."""
         from torch._inductor import CompiledArtifact, config
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         for operator in OPAQUE:
             operator()
-        _check_private(Path(cache_dir()))
+        reason = _not_private()
+        if reason is not None:
+            raise NotPrivate(reason)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "graph")
             with open(path, "wb") as file:
@@ -154,15 +157,19 @@ def _digest_packages() -> None:
         triton_key()  # a RuntimeError where there is no Triton
 
 
-def _check_private(folder: Path) -> None:
-    """Refuse to load where torch would unpack code into a folder of others."""
+def _not_private() -> str | None:
+    """Why nothing is loaded: torch would unpack code into a folder of others."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = Path(cache_dir())
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     reason = why_not_private(folder)
-    if reason is not None:
-        raise NotPrivate(
-            "Blade does not load compiled graphs from disk: torch would unpack them into "
-            f"{folder}, but {reason}. Set TORCHINDUCTOR_CACHE_DIR to a folder of your own."
-        )
+    if reason is None:
+        return None
+    return (
+        "Blade does not load compiled graphs from disk: torch would unpack them into "
+        f"{folder}, but {reason}. Set TORCHINDUCTOR_CACHE_DIR to a folder of your own."
+    )
 
 
 @contextmanager

@@ -82,6 +82,7 @@ class Session:
             engine.cache.clear()
         if disk or memory:  # from there, and here
             engine.early.clear()
+            engine.jobs.clear()
         if disk and engine.store is None:
             lines.append("Graphs on disk are turned off (BLADE_DISK_CACHE_MIB is 0).")
         elif disk and engine.store is not None:

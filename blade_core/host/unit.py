@@ -92,12 +92,14 @@ class Unit:
         self._asked: dict[Signature, int] = {}
         """Graphs that other processes compile, and how many of their jobs had ended when it was
         last asked for."""
+        self._cleared = 0
 
     def begin(self, device: torch.device, dtype: torch.dtype, run: RunContext) -> str | None:
         """Take up the weights as they are now; return why the unit cannot run compiled."""
         self.graphs.clear()
-        if run.config.compile == "background":
+        if run.config.compile == "background" or run.engine.jobs.cleared != self._cleared:
             self._asked.clear()
+            self._cleared = run.engine.jobs.cleared
         reason = self.weights.prepare(device, dtype, run.weight_format)
         if reason is None and self.weights.resident:
             self._resident = tuple(self.weights.current())

@@ -116,6 +116,16 @@ def test_the_same_graphs_as_one_after_another(session: Session, sd15: Any) -> No
         sample(optimized, steps=3)
 
 
+def test_what_was_cleared_is_compiled_by_others_again(session: Session, sd15: Any) -> None:
+    expected, optimized = sample(sd15, steps=3), optimize_model(sd15, FIRST)
+    sample(optimized, steps=3)
+    count = session.engine.jobs.finished
+    session.clear(disk=True, memory=True)
+    with session.engine.counters.expect(graphs_compiled=count):
+        assert relative_rms(sample(optimized, steps=3), expected) <= BOUND
+    assert session.engine.jobs.finished >= count + 4  # fewer are not worth asking others
+
+
 def test_other_sizes_meanwhile(session: Session, sd15: Any) -> None:
     optimized = optimize_model(sd15, BACKGROUND)
     for size in ((16, 16), (8, 24)):

@@ -88,7 +88,7 @@ def test_a_part_that_goes_by_transformer_options(session: Session, sd15: Any) ->
     def patched(model: Any) -> Any:
         model = model.clone()
         part = Gain.__new__(Gain)
-        vars(part).update(vars(model.get_model_object(f"{INNER}.attn1")))
+        part.__dict__.update(vars(model.get_model_object(f"{INNER}.attn1")))
         model.add_object_patch(f"{INNER}.attn1", part)
         model.model_options["transformer_options"]["gain"] = 0.2
         return model

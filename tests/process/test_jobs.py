@@ -397,3 +397,85 @@ def test_processes_do_not_outlive_the_engine(engine: Engine) -> None:
     engine.jobs.close()
     for process in processes:
         process.wait(timeout=PATIENCE)
+
+
+def test_what_was_cleared_is_made_anew(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    engine = Engine(budget=2**30, store=(tmp_path, 2**30))
+    done, underway = requests(2)
+    try:
+        assert soon(engine, done) is None
+        until(lambda: engine.jobs.finished == 1)
+        assert soon(engine, underway) is None
+        assert engine.store is not None and engine.store.clear().graphs == 1
+        engine.jobs.clear()
+        until(lambda: engine.jobs.finished == 2)
+        assert engine.store.stored().graphs == 0  # what was under way came too late
+        assert soon(engine, done) is None and soon(engine, underway) is None
+        assert same(now(engine, done), done) and same(now(engine, underway), underway)
+        assert engine.store.stored().graphs == 2
+    finally:
+        engine.jobs.close()
+
+
+def test_results_that_nobody_takes_do_not_pile_up(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blade.blade_core.jobs._MOST", 2)
+    first, *others = requests(5)
+    assert soon(engine, first) is None
+    until(lambda: engine.jobs.finished == 1)
+    for count, request in enumerate(others):
+        assert soon(engine, request) is None
+        until(lambda count=count: engine.jobs.finished == count + 2)  # type: ignore[misc]
+    assert first.key not in engine.jobs and others[-1].key in engine.jobs
+    assert same(now(engine, first), first)
+
+
+def test_a_process_that_prints_something_else_costs_a_warning(
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('welcome to this machine', flush=True)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (request,) = requests(1)
+    assert soon(engine, request) is None
+    assert same(now(engine, request), request)
+    assert "(the process ended); this one will." in caplog.text
+
+
+def test_what_imports_print_is_no_answer(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = """
+import sys
+
+class Talkative:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("here is torch", flush=True)
+
+sys.meta_path.insert(0, Talkative())
+"""
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (request,) = requests(1)
+    assert soon(engine, request) is None
+    until(lambda: engine.jobs.finished == 1)
+    with engine.counters.expect(graphs_compiled=1):
+        assert same(now(engine, request), request)
+    workers = engine.jobs._workers
+    assert workers is not None and len(workers.processes()) == 1  # it goes on
+
+
+def test_another_process_looks_for_packages_where_this_one_does(engine: Engine) -> None:
+    (request,) = requests(1)
+    now(engine, request)
+    assert soon(engine, request_of(inputs=inputs_of((1, 4, 8, 8)))) is None
+    workers = engine.jobs._workers
+    assert workers is not None
+    until(lambda: len(workers.processes()) == 1)
+    command = workers.processes()[0].args
+    assert isinstance(command, list) and ("-s" in command) == bool(sys.flags.no_user_site)

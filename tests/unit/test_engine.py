@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,22 @@ def test_without_a_compiler_every_reason_is_told(
     with pytest.raises(BackendUnavailable) as caught:
         engine.backends(OptimizeConfig(backend=chosen, on_failure=on_failure), CPU)
     assert str(caught.value) == f'Blade cannot use backend "{chosen}" here. {message}'
+
+
+def test_a_compiler_that_cannot_even_be_asked_is_none(
+    engine: Engine, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As packages that two threads imported at once can be."""
+
+    def ask(_: Any, device: torch.device) -> str:
+        raise AttributeError(
+            "partially initialized module 'torch._dynamo' has no attribute 'utils'"
+        )
+
+    install(torch_blade="no engine", inductor=None)
+    monkeypatch.setattr(type(BACKENDS["inductor"]), "available", ask)
+    with pytest.raises(BackendUnavailable, match=r"cannot be asked \(AttributeError: part"):
+        engine.backends(OptimizeConfig(), CPU)
 
 
 def test_another_backend_than_chosen_is_said_once(

@@ -50,11 +50,7 @@ def test_how_many_processes_for_a_gpu(
     monkeypatch.delenv("BLADE_COMPILE_WORKERS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(vram * 2**30), 80 * 2**30))
-    monkeypatch.setattr(pool, "_free_memory", lambda: memory * 2**30)
+    monkeypatch.setattr(pool, "free_memory", lambda: memory * 2**30)
     assert worker_count(torch.device("cuda")) == count
     # Where somebody waits, one does not make up for its start.
     assert Engine().jobs.pays(torch.device("cuda")) == (FORKS and count >= 2)
-
-
-def test_free_memory_is_what_the_machine_has() -> None:
-    assert 2**28 < pool._free_memory() <= 2**60

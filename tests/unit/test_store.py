@@ -22,7 +22,7 @@ from blade.blade_core.backends.eager import EagerBackend
 from blade.blade_core.config import store_bytes, store_folder
 from blade.blade_core.counters import Counters
 from blade.blade_core.engine import Engine
-from blade.blade_core.errors import InvalidChoice
+from blade.blade_core.errors import CompileFailed, InvalidChoice
 from blade.blade_core.graph import Compiled, Graph, GraphRequest
 from blade.blade_core.key import GraphKey
 from blade.blade_core.log import forget_said
@@ -411,3 +411,47 @@ def test_torch_may_not_unpack_where_others_write(
     ):
         get(engine, request, backend)
     assert any("TORCHINDUCTOR_CACHE_DIR" in message for message in caplog.messages)
+    assert backend.job(request) is None  # what another process made could not be loaded either
+
+
+@posix
+def test_a_folder_that_may_not_be_searched_is_no_store(folder: Path) -> None:
+    """As with a server that runs as another user than HOME's."""
+    request = request_of()
+    get(Engine(budget=2**30, store=(folder, 2**30)), request)
+    above, user = folder.parent, os.geteuid()
+    above.chmod(0)
+    if user == 0:  # who may search anything
+        os.seteuid(65534)
+    try:
+        engine = Engine(budget=2**30, store=(folder, 2**30))
+        assert engine.store is not None
+        assert request.key not in engine.store and engine.store.read(request.key) is None
+        assert list(engine.store.latest(9, 9.0)) == []
+        with engine.counters.expect(graphs_compiled=1, graphs_loaded=0, artifacts_dropped=0):
+            assert same(get(engine, request), request)
+    finally:
+        os.seteuid(user)
+        above.chmod(0o700)
+    second = Engine(budget=2**30, store=(folder, 2**30))
+    with second.counters.expect(graphs_loaded=1):
+        get(second, request)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EACCES, errno.EMFILE], ids=errno.errorcode.get
+)
+def test_a_disk_that_cannot_be_used_now_costs_no_graphs(number: int, folder: Path) -> None:
+    request = request_of()
+    get(Engine(budget=2**30, store=(folder, 2**30)), request)
+    engine = Engine(budget=2**30, store=(folder, 2**30))
+    with engine.counters.expect(artifacts_dropped=0, graphs_loaded=0):
+        if number == errno.ENOSPC:  # compiling would meet it, too
+            with pytest.raises(CompileFailed, match="The disk filled up") as caught:
+                get(engine, request, Wrong(OSError(number, "no")))
+            assert caught.value.transient
+        else:
+            assert same(get(engine, request, Wrong(OSError(number, "no"))), request)
+    second = Engine(budget=2**30, store=(folder, 2**30))
+    with second.counters.expect(graphs_loaded=1):
+        get(second, request)
