@@ -219,7 +219,7 @@ class Replayer:
         self._replayed: set[Hashable] = set()
 
     def begin_run(self) -> None:
-        """Where it is kept over runs: what was dropped after it was of use may be recorded again."""
+        """Where it is kept over runs: what was replayed before it was dropped is recorded again."""
         for key in self._replayed:
             del self._recorded[key]
         self._replayed.clear()

@@ -110,7 +110,7 @@ def _row_inputs(number: int, names: list[str]) -> dict[str, Any]:
 def _rows(inputs: dict[str, Any]) -> Iterator[Row]:
     """The rows in use; what a workflow leaves out has its default."""
     for number in range(1, ROWS + 1):
-        name = inputs.get(f"lora_{number}", "None")
+        name = str(inputs.get(f"lora_{number}") or "None")
         row = Row(
             name,
             float(inputs.get(f"strength_model_{number}", 1.0)),

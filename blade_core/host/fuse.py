@@ -126,7 +126,8 @@ def fuse_loras(
     if clip is not None:
         targets = library.clip_targets(clip.patcher)
         components.append(_Component(clip, targets, _of_clip))
-    wanted = [_not_there_yet(component, stack) + list(rows) for component in components]
+    added = [[*_not_there_yet(component, stack), *rows] for component in components]
+    wanted = [[r for r in new if c.strength(r)] for c, new in zip(components, added, strict=True)]
     files = _read(library, components, wanted, node_id)
     reports = {row: _report(row, files[row], components) for row in files}
     _complain(reports, strict=on_failure == "error")
@@ -135,8 +136,8 @@ def fuse_loras(
         for n, (component, chosen) in enumerate(zip(components, wanted, strict=True))
     ]
     milliseconds = (time.perf_counter() - start) * 1e3
-    for component, clone, chosen in zip(components, fused, wanted, strict=True):
-        if any(map(component.strength, chosen)):
+    for component, clone, chosen in zip(components, fused, added, strict=True):
+        if chosen:
             _leave_report(clone, component, chosen, reports, milliseconds)
     return fused[0], fused[1] if clip is not None else None
 
@@ -150,10 +151,11 @@ def _of_clip(row: Row) -> float:
 
 
 def _not_there_yet(component: _Component, stack: Sequence[Row]) -> list[Row]:
-    """`stack`, unless it came with the clone from the node before."""
-    there = [row for row in component.fused.stack if component.strength(row)]
-    asked = [row for row in stack if component.strength(row)]
-    return [] if asked and there == asked else list(stack)
+    """`stack` without what came with the clone from the node before: all of it, its beginning
+    where another node has extended it since, or more."""
+    there, asked = component.fused.stack, tuple(stack)
+    shared = min(len(there), len(asked))
+    return list(asked[shared:] if asked[:shared] == there[:shared] else asked)
 
 
 _Files = dict[Row, tuple[LoraFile, list[Lora]]]
@@ -214,6 +216,12 @@ def _complain(reports: dict[Row, dict[str, Any]], *, strict: bool) -> None:
     for report in reports.values():
         name, skipped = report["name"], report["skipped"]
         if not report["keys"]:
+            if not skipped and report["for"] == ["model"] and _is_text(report["unmatched"]):
+                message = f"The LoRA {name!r} changes text encoders only, and no clip is wired"
+                if strict:
+                    raise LoraError(f"{message}. Wire it, or switch the row off.")
+                logger.warning("%s: it changes nothing.", message)
+                continue
             seen = _some([*skipped, *report["unmatched"]]) or "no tensors at all"
             what = " or ".join(report["for"])
             raise LoraError(
@@ -233,6 +241,11 @@ def _complain(reports: dict[Row, dict[str, Any]], *, strict: bool) -> None:
             logger.info("LoRA %s: not used: %s", name, _some(report["unmatched"]))
 
 
+def _is_text(names: Sequence[str]) -> bool:
+    """Whether a file's tensors are all of text encoders, as kohya, diffusers or ComfyUI say it."""
+    return bool(names) and all(name.startswith(("lora_te", "text_encoder")) for name in names)
+
+
 def _some(names: Sequence[str]) -> str:
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
@@ -243,7 +256,7 @@ def _patched(
 ) -> Any:
     """A clone with the LoRAs of `rows` on it. Without any it is a clone too, so that a switch to
     none is done in place as any other."""
-    active = [(*found[row], component.strength(row)) for row in rows if component.strength(row)]
+    active = [(*found[row], component.strength(row)) for row in rows]
     clone = component.whole.clone()
     patcher = _patcher(clone)
     switch_in_place(patcher)
@@ -267,7 +280,7 @@ def _leave_report(
     patcher, before = _patcher(clone), component.fused
     after = Fused(
         stack=(*before.stack, *rows),
-        rows=[*before.rows, *(reports[row] for row in rows)],
+        rows=[*before.rows, *(reports[row] for row in rows if row in reports)],
         weights=len(patcher.patches),
         fuse_ms=before.fuse_ms + milliseconds,
     )

@@ -6,7 +6,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import PurePath, PureWindowsPath
 
 import comfy.lora_convert
 import comfy.utils
@@ -51,7 +51,7 @@ class LoraFile:
             LoraError: there is no such file, or the name leads out of those folders.
         """
         path = PurePath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in name:
+        if path.is_absolute() or ".." in path.parts or _has_drive(name):
             raise LoraError(
                 f"The LoRA name {name!r} leads out of ComfyUI's loras folders. "
                 "Put the file into one of them and choose it there."
@@ -87,6 +87,11 @@ class LoraFile:
                 "Download it again."
             ) from error
         return tensors
+
+
+def _has_drive(name: str) -> bool:
+    """A colon is a drive or a stream on Windows, and elsewhere a letter like others."""
+    return bool(":" in name if os.name == "nt" else PureWindowsPath(name).drive)
 
 
 def _reason(error: Exception) -> str:

@@ -23,6 +23,9 @@ _DORA = ("lora", "loha", "lokr")
 """Adapters that may hold DoRA's scale, which divides by the weight's own norm."""
 
 
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 @dataclass(frozen=True)
 class Targets:
     """The weights that a LoRA may change, under every name that the host's loader knows."""
@@ -98,7 +101,9 @@ def take_apart(name: str, tensors: Tensors, targets: Targets, *, pinned: bool) -
         try:
             part = part_of(patch) if isinstance(key, str) else None
             problem = _problem(patch, part, targets.shapes.get(weight))
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (*_MALFORMED, RuntimeError) as error:
+            if is_cancel(error) or is_out_of_memory(error):
+                raise
             problem = f"it is malformed ({first_line(error)})"
         if problem is not None:
             lora.skipped[weight] = problem
@@ -189,7 +194,7 @@ def _packed(lora: Lora, *, pinned: bool) -> Lora:
 
 def _skip_what_is_not_finite(lora: Lora) -> None:
     def finite(tensors: list[torch.Tensor]) -> bool:
-        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+        return all(bool(_wide(tensor).isfinite().all()) for tensor in tensors)
 
     for key in [k for k, part in lora.parts.items() if not finite(tensors_of(part))]:
         lora.skipped[key] = "NaN or infinite values"
@@ -197,6 +202,12 @@ def _skip_what_is_not_finite(lora: Lora) -> None:
     for name in [k for k, patch in lora.others.items() if not finite(list(_tensors(patch)))]:
         lora.skipped[name if isinstance(name, str) else name[0]] = "NaN or infinite values"
         del lora.others[name]
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, in a dtype that torch can ask: fp8 without infinity cannot be."""
+    fp8 = tensor.is_floating_point() and tensor.element_size() == 1
+    return tensor.float() if fp8 else tensor
 
 
 def _leaves(value: Any) -> Iterator[Any]:
