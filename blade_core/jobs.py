@@ -149,10 +149,10 @@ class Jobs:
         cleared = self.cleared
 
         def keep(job: Future[Result]) -> None:
-            store = self._store if cleared == self.cleared else None
-            if store is not None and job.exception() is None:
-                store.write(key, job.result().artifact)
             with self._lock:
+                wanted = self._store if cleared == self.cleared else None
+                if wanted is not None and job.exception() is None:
+                    wanted.write(key, job.result().artifact)
                 self.finished += 1
 
         return keep

@@ -166,7 +166,7 @@ class _Server:
             _end(process)
         process.wait()
         with self._lock:  # what comes later is told to another
-            lost = [number for number, told in self._told.items() if told is process]
+            lost = [number for number, told in list(self._told.items()) if told is process]
         self._fail(lost, "the process ended")
 
     def _fail(self, numbers: list[int], reason: str) -> None:
@@ -174,9 +174,10 @@ class _Server:
             self._done(number).set_exception(WorkerFailed(reason))
 
     def _done(self, number: int) -> Future[Result]:
-        with self._lock:
-            self._told.pop(number, None)
-            return self._waiting.pop(number)
+        # Without the lock, which is held while a job is told: a process with answers that nobody
+        # reads reads no jobs either.
+        self._told.pop(number, None)
+        return self._waiting.pop(number)
 
     @staticmethod
     def _thread(target: Callable[..., None], *args: Any) -> None:

@@ -22,7 +22,7 @@ def unknown_attention() -> str | None:
     """Why layers with attention cannot be compiled, if another pack's function is in the way."""
     if all(_name(f) for f in _functions()):
         return None
-    return "another node pack set an attention function that Blade cannot describe"
+    return "another node pack sets an attention function in each run that Blade cannot tell apart"
 
 
 def _functions() -> list[Any]:
@@ -30,15 +30,28 @@ def _functions() -> list[Any]:
 
 
 _AT_IMPORT = frozenset(map(id, _functions()))
+_others: dict[str, dict[str, Any]] = {}
+"""Functions that other packs have set since then, by name and label, the newest of each: one that
+stays keeps its label, though what it holds may change."""
+_MOST = 4
+"""Of one name. More are made anew in each run, and hold something else each time."""
 
 
 def _name(function: Any) -> str | None:
     """Packs set a new closure in each run, which is the same if it has the same code over the same
-    values."""
+    values. What cannot be described is the same as long as it is the same object."""
     name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
     if id(function) in _AT_IMPORT:
         return name
+    known = _others.setdefault(name, {})
+    for label, other in known.items():
+        if other is function:
+            return label
     try:
-        return f"{name}#{digest(describe_function(function))}"
-    except UnknownStructure:
+        label = f"{name}#{digest(describe_function(function))}"
+    except (UnknownStructure, RecursionError):  # the latter of what holds itself
+        label = f"{name}#{len(known)}"
+    if label not in known and len(known) == _MOST:
         return None
+    known[label] = function
+    return label

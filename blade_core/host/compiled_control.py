@@ -54,10 +54,12 @@ class CompiledControlNet(ControlNet):
         self._of_blade = "blade" in wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
         # The host scales the image anew whenever sizes change, as areas do within each step.
         images, form = self._images or {}, tuple(x_noisy.shape)
-        if any(self.cond_hint is image for image in images.values()):  # and not a pack's own tile
+        scaled = any(self.cond_hint is image for image in images.values())
+        if scaled:  # and not a pack's own tile of it
             self.cond_hint = images.get(form, self.cond_hint)
+        before = self.cond_hint
         control = super().get_control(x_noisy, t, cond, batched_number, transformer_options)
-        if self.cond_hint is not None:
+        if self.cond_hint is not None and (scaled or self.cond_hint is not before):
             self._images = images | {form: self.cond_hint}
         return control
 

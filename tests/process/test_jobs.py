@@ -479,3 +479,14 @@ def test_another_process_looks_for_packages_where_this_one_does(engine: Engine) 
     until(lambda: len(workers.processes()) == 1)
     command = workers.processes()[0].args
     assert isinstance(command, list) and ("-s" in command) == bool(sys.flags.no_user_site)
+
+
+def test_more_jobs_and_answers_than_pipes_hold() -> None:
+    """A process that waits to be heard reads no jobs, and who tells it jobs hears nothing."""
+    workers = Workers(2)
+    try:
+        payloads = [bytes([number]) * 200_000 for number in range(60)]
+        results = [workers.submit("eager", payload) for payload in payloads]
+        assert [result.result(PATIENCE).artifact for result in results] == payloads
+    finally:
+        workers.close()
