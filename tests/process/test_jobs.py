@@ -5,87 +5,25 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from blade_tests.process.asking import EAGER, PATIENCE, now, requests, same, soon, until
 from blade_tests.unit.samples import CPU, Unit, inputs_of, request_of
 
-from blade.blade_core.backends import BACKENDS, Backend
+from blade.blade_core.backends import BACKENDS
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
-from blade.blade_core.graph import Graph, GraphRequest
+from blade.blade_core.graph import GraphRequest
 from blade.blade_core.key import set_switches, switches
-from blade.blade_core.log import forget_said
 from blade.blade_core.pool import Result, Workers
 from blade.blade_core.worker import FORKS
 
-PATIENCE = 120.0
-EAGER = BACKENDS["eager"]
-
-
-@pytest.fixture(autouse=True)
-def _two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLADE_COMPILE_WORKERS", "2")
-    forget_said()
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    engine = Engine(budget=2**30)
-    assert engine.jobs.usable(CPU)
-    yield engine
-    engine.jobs.close()
-
-
-def nothing(*_: object) -> None:
-    pass
-
-
-def soon(
-    engine: Engine, request: GraphRequest, backend: Backend = EAGER, *, least: int = 1
-) -> Graph | None:
-    return engine.soon(
-        request.key,
-        backend,
-        lambda: request,
-        least=least,
-        checkpoint=nothing,
-        announce=nothing,
-        beside=nothing,
-    )
-
-
-def now(
-    engine: Engine,
-    request: GraphRequest,
-    backend: Backend = EAGER,
-    checkpoint: Callable[[], None] = nothing,
-) -> Graph:
-    return engine.graph(
-        request.key, backend, lambda: request, checkpoint=checkpoint, announce=nothing
-    )
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
-def requests(count: int) -> list[GraphRequest]:
-    return [request_of(inputs=inputs_of((2, 4, 8, 8 * (n + 1)))) for n in range(count)]
-
-
-def same(graph: Graph, request: GraphRequest) -> bool:
-    result = graph.call(request.weights, request.inputs)
-    return torch.allclose(result, request.eager(request.weights, request.inputs), atol=1e-5)
+pytestmark = pytest.mark.usefixtures("two_processes")
 
 
 def test_another_process_compiles_what_is_asked_for_soon(engine: Engine) -> None:
@@ -385,20 +323,6 @@ def test_switches_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert switches() == before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM is another thing there")
-def test_processes_do_not_outlive_the_engine(engine: Engine) -> None:
-    (request,) = requests(1)
-    now(engine, request)
-    assert soon(engine, request_of(inputs=inputs_of((1, 4, 8, 8)))) is None
-    workers = engine.jobs._workers
-    assert workers is not None
-    until(lambda: len(workers.processes()) == 1)
-    processes = workers.processes()
-    engine.jobs.close()
-    for process in processes:
-        process.wait(timeout=PATIENCE)
-
-
 def test_what_was_cleared_is_made_anew(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     engine = Engine(budget=2**30, store=(tmp_path, 2**30))
@@ -407,8 +331,9 @@ def test_what_was_cleared_is_made_anew(tmp_path: Path) -> None:
         assert soon(engine, done) is None
         until(lambda: engine.jobs.finished == 1)
         assert soon(engine, underway) is None
-        assert engine.store is not None and engine.store.clear().graphs == 1
         engine.jobs.clear()
+        assert engine.store is not None
+        engine.store.clear()
         until(lambda: engine.jobs.finished == 2)
         assert engine.store.stored().graphs == 0  # what was under way came too late
         assert soon(engine, done) is None and soon(engine, underway) is None
@@ -430,63 +355,3 @@ def test_results_that_nobody_takes_do_not_pile_up(
         until(lambda count=count: engine.jobs.finished == count + 2)  # type: ignore[misc]
     assert first.key not in engine.jobs and others[-1].key in engine.jobs
     assert same(now(engine, first), first)
-
-
-def test_a_process_that_prints_something_else_costs_a_warning(
-    engine: Engine,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text("print('welcome to this machine', flush=True)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (request,) = requests(1)
-    assert soon(engine, request) is None
-    assert same(now(engine, request), request)
-    assert "(the process ended); this one will." in caplog.text
-
-
-def test_what_imports_print_is_no_answer(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hook = """
-import sys
-
-class Talkative:
-    def find_spec(self, name, *_):
-        if name == "torch":
-            print("here is torch", flush=True)
-
-sys.meta_path.insert(0, Talkative())
-"""
-    (tmp_path / "sitecustomize.py").write_text(hook)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (request,) = requests(1)
-    assert soon(engine, request) is None
-    until(lambda: engine.jobs.finished == 1)
-    with engine.counters.expect(graphs_compiled=1):
-        assert same(now(engine, request), request)
-    workers = engine.jobs._workers
-    assert workers is not None and len(workers.processes()) == 1  # it goes on
-
-
-def test_another_process_looks_for_packages_where_this_one_does(engine: Engine) -> None:
-    (request,) = requests(1)
-    now(engine, request)
-    assert soon(engine, request_of(inputs=inputs_of((1, 4, 8, 8)))) is None
-    workers = engine.jobs._workers
-    assert workers is not None
-    until(lambda: len(workers.processes()) == 1)
-    command = workers.processes()[0].args
-    assert isinstance(command, list) and ("-s" in command) == bool(sys.flags.no_user_site)
-
-
-def test_more_jobs_and_answers_than_pipes_hold() -> None:
-    """A process that waits to be heard reads no jobs, and who tells it jobs hears nothing."""
-    workers = Workers(2)
-    try:
-        payloads = [bytes([number]) * 200_000 for number in range(60)]
-        results = [workers.submit("eager", payload) for payload in payloads]
-        assert [result.result(PATIENCE).artifact for result in results] == payloads
-    finally:
-        workers.close()
