@@ -3,73 +3,21 @@
 from __future__ import annotations
 
 import errno
-import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
-from blade_tests.unit.samples import CPU, Unit, inputs_of, request_of
+from blade_tests.unit.fake_backend import Fake, Spoil
+from blade_tests.unit.samples import Unit, inputs_of, request_of
 
-from blade.blade_core.backends import BACKENDS
-from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
-from blade.blade_core.errors import BackendUnavailable, CompileFailed, is_out_of_memory
-from blade.blade_core.graph import Compiled, Graph, GraphFunction, GraphRequest
+from blade.blade_core.errors import CompileFailed, is_out_of_memory
+from blade.blade_core.graph import Graph, GraphRequest
 from blade.blade_core.log import forget_said
 
 PATIENCE = 20.0
-Spoil = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Fake:
-    """A backend that runs the module eager and then spoils the result, or raises."""
-
-    channels_last = True
-    capturable = True
-
-    def __init__(
-        self,
-        name: str = "fake",
-        *,
-        reason: str | None = None,
-        error: BaseException | None = None,
-        spoil: Spoil = lambda result: result,
-    ) -> None:
-        self.name = name
-        self.reason = reason
-        self.error = error
-        self.spoil = spoil
-        self.compiles = 0
-
-    def available(self, device: torch.device) -> str | None:
-        return self.reason
-
-    def preload(self) -> None:
-        pass
-
-    def joins(self, device: torch.device) -> bool:
-        return False
-
-    def fingerprint(self) -> str:
-        return self.name
-
-    def compile(self, request: GraphRequest) -> Compiled:
-        self.compiles += 1
-        if self.error is not None:
-            raise self.error
-        return Compiled(lambda w, x: self.spoil(request.eager(w, x)), None, 7)
-
-    def job(self, request: GraphRequest) -> bytes | None:
-        return None
-
-    def compile_job(self, job: bytes) -> bytes:
-        raise NotImplementedError
-
-    def load(self, artifact: bytes, request: GraphRequest) -> GraphFunction:
-        raise NotImplementedError
 
 
 class InterruptProcessingException(Exception):
@@ -105,106 +53,6 @@ def failure(engine: Engine, backend: Fake, request: GraphRequest | None = None) 
     with pytest.raises(CompileFailed) as caught:
         get(engine, backend, request)
     return caught.value
-
-
-# --- which compiler -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let each backend have this reason for not being available."""
-
-    def install(**reasons: str | None) -> None:
-        for name, reason in reasons.items():
-            monkeypatch.setitem(BACKENDS, name, Fake(name, reason=reason))
-
-    return install
-
-
-BOTH = ("torch_blade", "inductor")
-
-
-@pytest.mark.parametrize(
-    ("chosen", "on_failure", "absent", "used"),
-    [
-        ("auto", "fallback", (), BOTH),
-        ("auto", "error", (), ("torch_blade",)),
-        ("auto", "fallback", ("torch_blade",), ("inductor",)),
-        ("auto", "error", ("torch_blade",), ("inductor",)),
-        ("auto", "fallback", ("inductor",), ("torch_blade",)),
-        ("torch_blade", "fallback", (), BOTH),
-        ("torch_blade", "error", (), ("torch_blade",)),
-        ("torch_blade", "fallback", ("torch_blade",), ("inductor",)),
-        ("torch_blade", "fallback", ("inductor",), ("torch_blade",)),
-        ("inductor", "fallback", (), ("inductor",)),
-        ("inductor", "error", ("torch_blade",), ("inductor",)),
-        ("eager", "fallback", BOTH, ("eager",)),
-        ("eager", "error", (), ("eager",)),
-    ],
-)
-def test_the_backends_that_are_used(
-    chosen: str,
-    on_failure: str,
-    absent: tuple[str, ...],
-    used: tuple[str, ...],
-    engine: Engine,
-    install: Callable[..., None],
-) -> None:
-    install(**{name: "absent" if name in absent else None for name in BACKENDS})
-    config = OptimizeConfig(backend=chosen, on_failure=on_failure)
-    assert engine.backends(config, CPU) == tuple(BACKENDS[name] for name in used)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "on_failure", "message"),
-    [
-        ("auto", "fallback", "torch_blade: no engine; inductor: no Triton."),
-        ("auto", "error", "torch_blade: no engine; inductor: no Triton."),
-        ("torch_blade", "fallback", "torch_blade: no engine; inductor: no Triton."),
-        ("torch_blade", "error", "torch_blade: no engine."),
-        ("inductor", "fallback", "inductor: no Triton."),
-        ("inductor", "error", "inductor: no Triton."),
-    ],
-)
-def test_without_a_compiler_every_reason_is_told(
-    chosen: str, on_failure: str, message: str, engine: Engine, install: Callable[..., None]
-) -> None:
-    install(torch_blade="no engine", inductor="no Triton")
-    with pytest.raises(BackendUnavailable) as caught:
-        engine.backends(OptimizeConfig(backend=chosen, on_failure=on_failure), CPU)
-    assert str(caught.value) == f'Blade cannot use backend "{chosen}" here. {message}'
-
-
-def test_a_compiler_that_cannot_even_be_asked_is_none(
-    engine: Engine, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As packages that two threads imported at once can be."""
-
-    def ask(_: Any, device: torch.device) -> str:
-        raise AttributeError(
-            "partially initialized module 'torch._dynamo' has no attribute 'utils'"
-        )
-
-    install(torch_blade="no engine", inductor=None)
-    monkeypatch.setattr(type(BACKENDS["inductor"]), "available", ask)
-    with pytest.raises(BackendUnavailable, match=r"cannot be asked \(AttributeError: part"):
-        engine.backends(OptimizeConfig(), CPU)
-
-
-def test_another_backend_than_chosen_is_said_once(
-    engine: Engine, install: Callable[..., None], caplog: pytest.LogCaptureFixture
-) -> None:
-    install(torch_blade="no engine", inductor=None)
-    for _ in range(3):
-        engine.backends(OptimizeConfig(backend="torch_blade"), CPU)
-        engine.backends(OptimizeConfig(backend="auto"), CPU)
-    assert [(r.levelno, r.getMessage()) for r in caplog.records] == [
-        (
-            logging.WARNING,
-            'Blade cannot use backend "torch_blade" here. torch_blade: no engine. '
-            "Blade uses inductor instead.",
-        )
-    ]
 
 
 # --- a good graph -------------------------------------------------------------------------------
