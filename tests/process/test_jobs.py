@@ -352,6 +352,6 @@ def test_results_that_nobody_takes_do_not_pile_up(
     until(lambda: engine.jobs.finished == 1)
     for count, request in enumerate(others):
         assert soon(engine, request) is None
-        until(lambda count=count: engine.jobs.finished == count + 2)  # type: ignore[misc]
+        until(lambda count=count: engine.jobs.finished == count + 2)
     assert first.key not in engine.jobs and others[-1].key in engine.jobs
     assert same(now(engine, first), first)
