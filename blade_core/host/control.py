@@ -153,7 +153,7 @@ class OptimizedControlNet(OptimizedModel):
             seen = self._see(model, hint, others, x.dtype)
             given = (x, seen.features, timesteps, context, y, seen.kind)
             again = partial(self.prepare, model, args, others, progress=progress, freeze=freeze)
-            return Call(self, model, given, others, run, self._state, again)
+            return Call(self, model, given, others, run, self._captures.state, again)
 
     def is_in(self, run: RunContext) -> bool:
         """Whether `run` is the one under way."""
@@ -162,14 +162,14 @@ class OptimizedControlNet(OptimizedModel):
     @property
     def captures(self) -> bool:
         """Whether calls of this run can be captured at all."""
-        return self._replayer is not None
+        return self._captures.replayer is not None
 
     def __call__(self, call: Call) -> Residuals:
         """Run a call that was prepared."""
         with self._lock:
             run = self._run
             assert run is not None
-            if self._replayer is None or not self._pool.usable(call.given[0].device):
+            if not self._captures.usable(call.given[0].device):
                 run.pieces = None
                 return self._launch(call, call.given)
             packed = self._as_one(call.signature, call.tensors, None, partial(self.packed, call))
@@ -225,7 +225,7 @@ class OptimizedControlNet(OptimizedModel):
                 residuals: Residuals = call.model(x, features, timesteps, context, y, **call.others)
                 return residuals
             finally:
-                self._projections.end_call()
+                self._captures.projections.end_call()
                 self._progress.finish(self._is_pending())
 
     def _run_block(

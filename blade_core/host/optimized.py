@@ -1,4 +1,4 @@
-"""A model of blocks that runs compiled: what its runs begin and end with, and its captures.
+"""A model of blocks that runs compiled: what its runs begin and end with.
 
 The UNet (unet.py), the ControlNet (control.py) and the VAE (vae.py) say which of their modules
 are blocks and how the host calls them; all else is the same for them.
@@ -6,11 +6,8 @@ are blocks and how the host calls them; all else is the same for them.
 
 from __future__ import annotations
 
-import itertools
 import threading
-import weakref
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import comfy.model_management
@@ -18,7 +15,7 @@ import torch
 from torch import nn
 
 from ..backends import Backend
-from ..capture import CaptureBudget, CapturePool, Replayer, Work
+from ..capture import CaptureBudget, Work
 from ..config import OptimizeConfig
 from ..engine import Engine
 from ..errors import BackendUnavailable, UnknownStructure, WeightsFrozen
@@ -27,21 +24,17 @@ from ..log import logger, warn_once
 from ..structure import describe_classes
 from .attention import attention_names
 from .block import OptimizedBlock
+from .captures import ModelCaptures
 from .joined import join_weights
 from .progress import CompileProgress
-from .projections import Projections
-from .step import describe_outer, not_capturable, outer_modules, replaced_by_others
+from .step import describe_outer, outer_modules, replaced_by_others
 from .unit import RunContext
-from .weights import ChannelsLast, Watch, parameter_slots, when_freed
+from .weights import ChannelsLast, Watch, parameter_slots
 
 _REBUILD = (
     "freeze_weights is on and the weights changed (LoRA, checkpoint or strength): Blade compiles "
     "again. Turn freeze_weights off to switch without compiling."
 )
-
-
-_states = itertools.count(1)
-"""Numbers for all that is baked into captures of a model: no two are ever the same."""
 
 
 class OptimizedModel:
@@ -69,22 +62,13 @@ class OptimizedModel:
         self._layout = ChannelsLast()
         self._run: RunContext | None = None
         self._watch = Watch()
-        self._pool = CapturePool(budget)
-        self._projections = Projections()
-        self._captured_with: tuple[Any, ...] = ()
-        self._state = self._held = 0
-        self._elsewhere: set[tuple[weakref.ref[CapturePool], Hashable]] = set()
-        self._guard: object | None = None
-        self._replayer: Replayer | None = None
-        self._outside: str | None = None
-        self._replays = 0
+        self._captures = ModelCaptures(budget, strict=config.strict, over_runs=self.one_call)
+        self._held = 0
         self._bound = 0
         self._rebuilds = False
         self._code: tuple[Any, ...] = ()
         self._progress = CompileProgress(None)
         self._holders = self._hold(model)
-        # With it goes what other models have captured of it.
-        weakref.finalize(self, _discard, self._elsewhere).atexit = False
 
     def _hold(self, model: nn.Module) -> dict[str, nn.Module]:
         """Set `blocks`, and return what stands in the place of the children that hold them."""
@@ -109,10 +93,11 @@ class OptimizedModel:
         work: runs the call over such tensors, launch by launch.
         within: other models that `work` runs, whose runs are under way.
         """
-        replayer, models = self._replayer, (self, *within)
+        replayer, models = self._captures.replayer, (self, *within)
         runs = [model._run for model in models if model._run is not None]
         assert replayer is not None and len(runs) == len(models)
-        reason = reason or next((m._outside for m in models if m._outside is not None), None)
+        reasons = [model._captures.why_not for model in models]
+        reason = reason or next((found for found in reasons if found is not None), None)
         if reason is not None or replayer.never(signature):
             runs[0].pieces = replayer
             if reason is not None:
@@ -124,7 +109,7 @@ class OptimizedModel:
         result = replayer.replay(signature, tensors)
         if result is not None:
             for model in models:
-                model._replays += 1
+                model._captures.replays += 1
             return result
         captured = Work(
             work,
@@ -133,9 +118,8 @@ class OptimizedModel:
             lambda: any(run.pending for run in runs) or self._tells_nothing(),
         )
         result = replayer(signature, captured, tensors)
-        if within and self._pool.get(signature) is not None:
-            for model in within:
-                model._elsewhere.add((weakref.ref(self._pool), signature))
+        for model in within:
+            model._captures.held_by(self._captures, signature)
         return result
 
     def _pays_not(self) -> str | None:
@@ -154,17 +138,17 @@ class OptimizedModel:
             self._watch.stop()
             if run is None:
                 return
-            if self._replays:
-                run.engine.counters.add(self.counters[1], self._replays)
+            if replays := self._captures.replays:
+                run.engine.counters.add(self.counters[1], replays)
                 for block in self.blocks:  # each replay ran them all
-                    block.compiled_calls += self._replays
+                    block.compiled_calls += replays
             for block in self.blocks:
                 block.end(run.engine.counters)
 
     def drop_captures(self) -> None:
         """The host takes the model off the GPU: its captures go too."""
         with self._lock:
-            _drop(self._pool, self._projections, self._elsewhere)
+            self._captures.drop()
 
     def _ready(
         self, model: nn.Module, x: torch.Tensor, progress: CompileProgress, freeze: bool
@@ -216,7 +200,7 @@ class OptimizedModel:
             beside=lambda: self._progress.beside(),
             bound=self._count_bound,
             weights_changed=self._weights_changed,
-            projections=self._projections,
+            projections=self._captures.projections,
             parallel=self._parallel(x.device),
         )
         code = (attention_names(), describe_classes(model))
@@ -235,20 +219,13 @@ class OptimizedModel:
         outer = outer_modules(model, self.inside)
         parts = [part for block in self.blocks for part in block.containers()]
         self._watch.start(slots + parameter_slots(outer), parts)
-        self._replays = 0
-        known, self._replayer = self._replayer, None
-        self._outside = None
-        self._projections.begin([p for block in self.blocks for p in block.projections()])
-        if self.config.capture and self._pool.usable(x.device):
-            self._outside = not_capturable(outer, x.device)
-            self._replayer = known if known and self.one_call else self._new_replayer()
-            self._replayer.begin_run()
-        self._keep_captures(x.device, run, self._describe_outer(model))
+        captures = self._captures
+        captures.projections.begin([p for block in self.blocks for p in block.projections()])
+        captures.begin(x.device, outer, self.config.capture)
+        if not captures.still_fit(x.device, self._baked(model, run), self._watch.first):
+            self.drop_captures()
         self._run = run
         self._engine.counters.add(self.counters[0])
-
-    def _new_replayer(self) -> Replayer:
-        return Replayer(self._pool, strict=self.config.strict)
 
     def _is_pending(self) -> bool:
         return self._run is not None and self._run.pending
@@ -258,19 +235,14 @@ class OptimizedModel:
         jobs = self._engine.jobs
         return jobs.usable(device) if self.config.compile == "background" else jobs.pays(device)
 
-    def _describe_outer(self, model: nn.Module) -> str | None:
+    def _baked(self, model: nn.Module, run: RunContext) -> tuple[Any, ...]:
+        """All that captures of this model hold for good, besides its graphs."""
         try:
-            return describe_outer(model, self.inside)
+            outer = describe_outer(model, self.inside)
         except UnknownStructure as error:
-            self._outside = f"outside the blocks, {error}"
-            return None
-
-    def _keep_captures(self, device: torch.device, run: RunContext, outer: str | None) -> None:
-        """Drop the captures if anything that is baked into them is not as it was."""
-        self._stream = _stream(device)
-        baked = (
-            device,
-            self._stream,
+            outer = None
+            self._captures.why_not = f"outside the blocks, {error}"
+        return (
             run.environment,
             outer,
             self._held,
@@ -279,24 +251,14 @@ class OptimizedModel:
             self._watch.addresses,
             self._layout.addresses,
         )
-        if baked != self._captured_with:
-            self._state = next(_states)
-            self.drop_captures()
-            if self._replayer is not None:
-                self._replayer = self._new_replayer()
-            self._captured_with = baked
-            drop = partial(_drop, self._pool, self._projections, self._elsewhere)
-            self._guard = when_freed(self._watch.first, drop)
 
     def _moved(self, x: torch.Tensor) -> bool:
         """Whether the run has to begin anew: weights moved, or the call came from elsewhere."""
-        if self._replayer is not None and _stream(x.device) != self._stream:
-            return True
-        return self._watch.moved()
+        return self._captures.moved(x.device) or self._watch.moved()
 
     def _graphs_in_use(self) -> Any:
         graphs = [unit.graphs.copy() for block in self.blocks for unit in block.units]
-        return graphs, self._projections.in_use()
+        return graphs, self._captures.projections.in_use()
 
     def _refuse(self, reason: str) -> None:
         self.why_not = reason
@@ -329,36 +291,9 @@ class OptimizedModel:
             "freeze_weights": self.config.freeze_weights,
             "on_failure": self.config.on_failure,
             "runs_as_stock": self.why_not,
-            "captures": len(self._pool),
-            "capture_mib": round(self._pool.nbytes / 2**20, 1),
-            "replays": self._replays,
-            "not_captured": sorted(self._replayer.reasons) if self._replayer else [],
+            **self._captures.report(),
             "blocks": [block.report() for block in self.blocks],
         }
-
-
-def _drop(
-    pool: CapturePool,
-    projections: Projections,
-    elsewhere: set[tuple[weakref.ref[CapturePool], Hashable]],
-) -> None:
-    """Drop a model's captures, and those of other models that hold its work."""
-    projections.clear()  # first: the pool gives the device what is free by then
-    pool.clear()
-    _discard(elsewhere)
-
-
-def _discard(elsewhere: set[tuple[weakref.ref[CapturePool], Hashable]]) -> None:
-    while elsewhere:
-        other, signature = elsewhere.pop()
-        found = other()
-        if found is not None:
-            found.discard(signature)
-
-
-def _stream(device: torch.device) -> int:
-    """The stream that work for `device` is launched on now; 0 where there are none."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _memory_format(x: torch.Tensor, backend: Backend) -> torch.memory_format:

@@ -99,9 +99,9 @@ class OptimizedUNet(OptimizedModel):
             if run is None:
                 return executor(*args, **kwargs)
             if hooked:
-                self._projections.forget()
+                self._captures.projections.forget()
             self._patched = read_patches(args[5])
-            if self._replayer is None or not self._pool.usable(args[0].device):
+            if not self._captures.usable(args[0].device):
                 run.pieces = None
                 return self._launch(executor, unet, args, kwargs)
             return self._capture(executor, unet, args, kwargs)
@@ -156,7 +156,7 @@ class OptimizedUNet(OptimizedModel):
             modules.update(stock)
             self._join()
             self._join = _nothing
-            self._projections.end_call()
+            self._captures.projections.end_call()
             self._progress.finish(self._is_pending())
 
     def _run_block(

@@ -110,7 +110,7 @@ class OptimizedVAE(OptimizedModel):
     def _image(self, coder: nn.Module, image: torch.Tensor) -> torch.Tensor:
         """What `coder` makes of one image, laid out as stock's result is."""
         assert self._run is not None
-        if self._replayer is not None and self._pool.usable(image.device):
+        if self._captures.usable(image.device):
             signature = (image.shape, image.dtype, *_baked(coder))
             result = self._as_one(signature, [image], None, partial(self._launch, coder))
             if result is not None:
@@ -130,7 +130,7 @@ class OptimizedVAE(OptimizedModel):
     def _pays_not(self) -> str | None:
         """The host waits for the result, too, so that waiting here costs nothing."""
         start = time.perf_counter()
-        self._pool.wait(self._launched.device)
+        self._captures.pool.wait(self._launched.device)
         waited = time.perf_counter() - start
         if waited > _SHARE * self._launched.seconds:
             return "launching an image of this size takes the CPU less time than the GPU needs"

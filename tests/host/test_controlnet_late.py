@@ -106,7 +106,7 @@ def test_models_that_move_leave_nothing_behind(session: Session, sd15: Any) -> N
     for moved in (control.control_model, sd15.model, control.control_model, sd15.model):
         sample(model, **given, steps=4)
         state = session.controlnet(control.control_model, EAGER)
-        sizes.add((len(state._forms), len(state._elsewhere)))
+        sizes.add((len(state._forms), len(state._captures._elsewhere)))
         for parameter in moved.parameters():
             parameter.data = parameter.data.clone()
     assert len(sizes) == 1

@@ -116,7 +116,7 @@ def test_unloading_frees_the_results(session: Session, sd15: Any) -> None:
     optimized = optimize_model(sd15, EAGER)
     sample(optimized, steps=3)
     (state,) = session.states(sd15.model.diffusion_model)
-    kernels = [weakref.ref(kernel) for kernel in state._projections._kernels]
+    kernels = [weakref.ref(kernel) for kernel in state._captures.projections._kernels]
     assert kernels
     comfy.model_management.unload_all_models()
     gc.collect()
