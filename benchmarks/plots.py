@@ -69,14 +69,13 @@ def plots(rows: Sequence[Row], scenarios: Sequence[str]) -> list[Plot]:
     ]
     for model in ("sd15", "sdxl"):
         grid = sweep(model)
-        shapes, loras = select(rows, grid.shapes(), GRID), select(rows, grid.loras, GRID)
         label = "SD1.5" if model == "sd15" else "SDXL"
         native = parse(grid.batches[0]).size
         size = f"{native}{TIMES}{native}"
         panels = [
-            _line(shapes, grid.batches, f"{label}, {size}", "batch", lambda s: s.batch),
-            _line(shapes, grid.sizes, f"{label}, batch 1", "edge of the image", lambda s: s.size),
-            _line(loras, grid.loras, f"{label}, {size}, batch 1", "LoRAs", lambda s: s.loras),
+            _line(rows, grid.batches, f"{label}, {size}", "batch", lambda s: s.batch),
+            _line(rows, grid.sizes, f"{label}, batch 1", "edge of the image", lambda s: s.size),
+            _line(rows, grid.loras, f"{label}, {size}, batch 1", "LoRAs", lambda s: s.loras),
         ]
         caption = f"{label}: a step over batch, size and number of LoRAs, as far as measured."
         found.append(Plot(f"grid-{model}", caption, _drawn(panels)))
@@ -97,15 +96,16 @@ def _by_system(scenario: str, rows: Selection, kind: str, first: str, second: st
 
 
 def _line(
-    rows: Selection,
+    rows: Sequence[Row],
     scenarios: Sequence[str],
     heading: str,
     axis: str,
     place: Callable[[Scenario], int],
 ) -> Panel:
+    chosen = select(rows, scenarios, GRID)
     series = {}
     for system in GRID:
-        values = [(parse(s), rows.value(s, system, "step_ms")) for s in scenarios]
+        values = [(parse(s), chosen.value(s, system, "step_ms")) for s in scenarios]
         points = [(float(place(s)), float(ms)) for s, ms in values if ms is not None]
         if len(points) > 1:
             series[system] = points

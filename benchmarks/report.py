@@ -83,7 +83,7 @@ def document(rows: Sequence[Row]) -> str:
     for model, name in (("sd15", "SD1.5"), ("sdxl", "SDXL")):
         lines += ["", f"## Batches, sizes and LoRAs, {name}", *pictures.get(f"grid-{model}", [])]
         grid = sweep(model)
-        for scenarios in (grid.shapes(), grid.loras):
+        for scenarios in grid:
             chosen = select(rows, scenarios, plots.GRID)
             lines += ["", *tables.steps(chosen, scenarios, chosen.systems(plots.GRID))]
             lines += _source(chosen)

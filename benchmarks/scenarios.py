@@ -111,13 +111,9 @@ class Sweep(NamedTuple):
     sizes: list[str]
     loras: list[str]
 
-    def shapes(self) -> list[str]:
-        """Batches and sizes, each once."""
-        return list(dict.fromkeys([*self.batches, *self.sizes]))
-
     def all(self) -> list[str]:
         """Each once."""
-        return list(dict.fromkeys([*self.shapes(), *self.loras]))
+        return list(dict.fromkeys([*self.batches, *self.sizes, *self.loras]))
 
 
 def sweep(model: str) -> Sweep:
