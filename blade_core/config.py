@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import InvalidChoice
@@ -27,6 +27,27 @@ FORMAT_VERSION = 1
 """Counts changes of the pack that make graphs of older versions wrong."""
 
 
+def own_kernels() -> tuple[str, ...]:
+    """Those of Blade's own kernels that may be used: `BLADE_KERNELS`, names of `KERNELS` with
+    commas between them, or `none`; all if it is not set.
+
+    Raises:
+        InvalidChoice: it holds anything else.
+    """
+    text = os.environ.get("BLADE_KERNELS")
+    if text is None:
+        return KERNELS
+    names = [name.strip() for name in text.split(",")]
+    if names == ["none"]:
+        return ()
+    if not set(names) <= set(KERNELS):
+        raise InvalidChoice(
+            f"BLADE_KERNELS is {text!r}; expected none, or with commas between them some of "
+            f"{', '.join(KERNELS)}. Unset it for all of them."
+        )
+    return tuple(kernel for kernel in KERNELS if kernel in names)
+
+
 @dataclass(frozen=True)
 class OptimizeConfig:
     """The dials of one optimized model.
@@ -37,7 +58,8 @@ class OptimizeConfig:
     frozen_change: when frozen weights change, `rebuild` compiles again and `refuse` raises.
     capture: replay a step as one CUDA graph where it can be; off for measuring what that gives.
     compile: `first` waits for the graphs; `background` samples as stock would until they are there.
-    kernels: which of Blade's own kernels Inductor's graphs may hold; fewer for the same reason.
+    kernels: which of Blade's own kernels Inductor's graphs may hold, for GPUs on which one loses
+        and for measuring; by default what `own_kernels` says.
 
     Raises:
         InvalidChoice: a value is not one of those listed above.
@@ -48,7 +70,7 @@ class OptimizeConfig:
     on_failure: str = "fallback"
     frozen_change: str = "rebuild"
     capture: bool = True
-    kernels: tuple[str, ...] = KERNELS
+    kernels: tuple[str, ...] = field(default_factory=own_kernels)
     compile: str = "first"
 
     def __post_init__(self) -> None:

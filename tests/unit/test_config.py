@@ -6,8 +6,10 @@ import dataclasses
 import itertools
 
 import pytest
+import torch
 
 from blade.blade_core.backends import BACKENDS as IMPLEMENTED
+from blade.blade_core.backends.inductor import InductorBackend
 from blade.blade_core.config import (
     BACKENDS,
     FROZEN_CHANGE,
@@ -112,4 +114,40 @@ def test_an_impossible_capture_budget_is_refused(
     assert str(caught.value) == (
         f"BLADE_CAPTURE_MIB is {text!r}; expected a whole number of MiB. "
         "Unset it, or set it for example to 4096."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "kernels"),
+    [
+        (None, KERNELS),
+        ("none", ()),
+        (" none ", ()),
+        ("geglu", ("geglu",)),
+        ("geglu, group_norm,geglu", ("group_norm", "geglu")),
+        (",".join(KERNELS), KERNELS),
+    ],
+)
+def test_kernels_that_may_be_used(
+    text: str | None, kernels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BLADE_KERNELS", raising=False)
+    if text is not None:
+        monkeypatch.setenv("BLADE_KERNELS", text)
+    assert OptimizeConfig().kernels == kernels
+    assert OptimizeConfig(kernels=("layer_norm",)).kernels == ("layer_norm",)
+    (backend,) = Engine().backends(OptimizeConfig(backend="inductor"), torch.device("cpu"))
+    assert isinstance(backend, InductorBackend)
+    assert backend.kernels == kernels
+
+
+@pytest.mark.parametrize("text", ["", " ", "all", "0", "none,geglu", "geglu,", "group-norm"])
+def test_unknown_kernels_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLADE_KERNELS", text)
+    with pytest.raises(InvalidChoice) as caught:
+        OptimizeConfig()
+    assert str(caught.value) == (
+        f"BLADE_KERNELS is {text!r}; expected none, or with commas between them some of "
+        "joint_linear, group_norm, short_attention, flash_attention, geglu, layer_norm, late_bias. "
+        "Unset it for all of them."
     )
