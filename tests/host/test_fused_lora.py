@@ -11,11 +11,7 @@ import folder_paths
 import pytest
 import torch
 from blade_tests.host.lora_files import (
-    LINEAR,
-    NAMINGS,
-    OTHERS,
     SMALL,
-    VECTORS,
     LoraFile,
     Row,
     additions,
@@ -30,6 +26,7 @@ from blade_tests.host.lora_files import (
     state,
     stock,
 )
+from blade_tests.host.lora_kinds import LINEAR, NAMINGS, OTHERS, VECTORS
 from blade_tests.host.tiny import make_model, relative_rms, sample
 
 from blade.blade_core.config import OptimizeConfig
@@ -71,6 +68,8 @@ ROWS: dict[int, list[Row]] = {
         row("lora", -0.2, 0.1),
     ],
 }
+A, B = row("lora", 0.8, 0.6), row("kron", -0.5, 0.0)
+C, D = row("peft", 0.0, 0.7), row("few", 1.2, -0.4)
 
 
 @pytest.fixture(scope="module")
@@ -238,113 +237,6 @@ def test_all_kinds_in_turn(loras: dict[str, LoraFile], tmp_path: Path, small: An
         rows.append((list(loras)[number], 0.3 - 0.2 * number, 0.0))
     ours, theirs = loaded(fuse(small, rows)[0]), loaded(stock(small, rows)[0])
     assert_near(ours, theirs, 1e-5)
-
-
-A, B = row("lora", 0.8, 0.6), row("kron", -0.5, 0.0)
-C, D = row("peft", 0.0, 0.7), row("few", 1.2, -0.4)
-
-
-def by_model(model: Any, clip: Any) -> Any:
-    first, text, _ = fuse(model, [A, B], clip)
-    return fuse(first, [C, D], text)
-
-
-def by_stack(model: Any, clip: Any) -> Any:
-    stack = fuse(model, [A, B, C], clip)[2]
-    return fuse(model, [D], clip, stack=stack)
-
-
-def by_both(model: Any, clip: Any) -> Any:
-    first, text, stack = fuse(model, [A, B], clip)
-    return fuse(first, [C, D], text, stack=stack)
-
-
-def by_both_thrice(model: Any, clip: Any) -> Any:
-    stack: Any = None
-    for rows in ([A], [B, C], [D]):
-        model, clip, stack = fuse(model, rows, clip, stack=stack)
-    return model, clip, stack
-
-
-def by_both_one_by_one(model: Any, clip: Any) -> Any:
-    """The nodes in between change one of the two only."""
-    stack: Any = None
-    for one in (A, B, C, D):
-        model, clip, stack = fuse(model, [one], clip, stack=stack)
-    return model, clip, stack
-
-
-def by_both_with_the_last_for_one(model: Any, clip: Any) -> Any:
-    """The stack's last row changes nothing but the text encoder."""
-    first, text, stack = fuse(model, [A, B, C], clip)
-    return fuse(first, [D], text, stack=stack)
-
-
-def by_model_and_stack(model: Any, clip: Any) -> Any:
-    """The text encoder comes from the loader: for it the stack is new."""
-    first, _, stack = fuse(model, [A, B, C], clip)
-    return fuse(first, [D], clip, stack=stack)
-
-
-def by_another_packs_stack(model: Any, clip: Any) -> Any:
-    stack = [list(A), list(B), ("None", 1.0, 1.0), row("lora", 0, 0), C]
-    return fuse(model, [D], clip, stack=stack)
-
-
-def by_stack_alone(model: Any, clip: Any) -> Any:
-    return fuse(model, [], clip, stack=[A, B, C, D])
-
-
-def through_a_clone(model: Any, clip: Any) -> Any:
-    first, text, _ = fuse(model, [A, B], clip)
-    return fuse(first.clone(), [C, D], text.clone())
-
-
-def after_stock(model: Any, clip: Any) -> Any:
-    first, text = stock(model, [A, B], clip)
-    return fuse(first, [C, D], text)
-
-
-def before_stock(model: Any, clip: Any) -> Any:
-    first, text, _ = fuse(model, [A, B], clip)
-    return stock(first, [C, D], text)
-
-
-def around_stock(model: Any, clip: Any) -> Any:
-    first, text, stack = fuse(model, [A], clip)
-    first, text = stock(first, [B, C], text)
-    return fuse(first, [D], text, stack=stack)
-
-
-CHAINS: list[Callable[[Any, Any], Any]] = [
-    by_model,
-    by_stack,
-    by_both,
-    by_both_thrice,
-    by_both_one_by_one,
-    by_both_with_the_last_for_one,
-    by_model_and_stack,
-    by_another_packs_stack,
-    by_stack_alone,
-    through_a_clone,
-    after_stock,
-    before_stock,
-    around_stock,
-]
-
-
-@pytest.mark.parametrize("chain", CHAINS)
-def test_chains(loras: dict[str, LoraFile], small: Any, chain: Callable[[Any, Any], Any]) -> None:
-    clip = make_clip()
-    bases = state(small), state(clip)
-    models = chain(small, clip)
-    for part, model in enumerate(models[:2], start=1):
-        used = [(loras[name], strength) for name, strength in strengths([A, B, C, D], part)]
-        assert_near(loaded(model), expected(bases[part - 1], used), WEIGHTS)
-    if "stock" not in chain.__name__:
-        for patches in (models[0].patches, models[1].patcher.patches):
-            assert set(map(len, patches.values())) == {1}
-    assert not small.patches and not clip.patcher.patches
 
 
 def test_stacks(loras: dict[str, LoraFile], small: Any) -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from blade_tests.host.lora_files import (
     SMALL,
-    Tensors,
     assert_near,
     changed,
     effective,
@@ -26,6 +25,7 @@ from blade_tests.host.lora_files import (
     stock,
     widgets,
 )
+from blade_tests.host.lora_kinds import Tensors
 from blade_tests.host.tiny import make_model
 
 from blade.blade_core.config import OptimizeConfig
