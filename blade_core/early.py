@@ -46,11 +46,21 @@ class EarlyGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def start(self, store: GraphStore, device: torch.device, ready: Callable[[], None]) -> None:
-        """Load from `store` what `device` can run, once `ready` returns; once a process."""
+    def start(
+        self,
+        store: GraphStore,
+        backend: InductorBackend,
+        device: torch.device,
+        ready: Callable[[], None],
+    ) -> None:
+        """Load from `store` what `backend` can run on `device`, once `ready` returns; once a
+        process."""
         if self._thread is None:
             self._thread = threading.Thread(
-                target=self._load, args=(store, device, ready), name="blade-load", daemon=True
+                target=self._load,
+                args=(store, backend, device, ready),
+                name="blade-load",
+                daemon=True,
             )
             self._thread.start()
 
@@ -71,11 +81,17 @@ class EarlyGraphs:
         if self._thread is not None:
             self._thread.join()
 
-    def _load(self, store: GraphStore, device: torch.device, ready: Callable[[], None]) -> None:
+    def _load(
+        self,
+        store: GraphStore,
+        backend: InductorBackend,
+        device: torch.device,
+        ready: Callable[[], None],
+    ) -> None:
         ready()
         if device.type == "cuda":
             torch.empty(0, device=device).new_zeros(1)  # a new thread has no context of the GPU
-        backend, count, start = InductorBackend(), 0, time.perf_counter()
+        count, start = 0, time.perf_counter()
         for id, key, artifact in store.latest(_MOST, _SECONDS):
             if not is_for(key, backend.fingerprint(), device):
                 continue

@@ -16,7 +16,7 @@ from .backends import BACKENDS, Backend
 from .backends.inductor import InductorBackend
 from .cache import WAIT_SECONDS, GraphCache
 from .check import difference_of, tolerance
-from .config import OptimizeConfig, graph_cache_bytes
+from .config import OptimizeConfig, graph_cache_bytes, own_kernels
 from .counters import Counters
 from .early import EarlyGraphs
 from .errors import (
@@ -89,7 +89,8 @@ class Engine:
         if self.store is not None and self.store.used_within(_LATELY_SECONDS):
             self._preload.start(BACKENDS["inductor"])
             if device.type == "cuda":
-                self.early.start(self.store, device, self._preload.wait)
+                backend = InductorBackend(own_kernels())
+                self.early.start(self.store, backend, device, self._preload.wait)
 
     def expect(self, config: OptimizeConfig, device: torch.device) -> None:
         """A model is going to run on `device`: the compiler is imported while the host still loads

@@ -12,6 +12,7 @@ from blade_tests.host.tiny import conditioning, relative_rms, sample
 from blade_tests.unit.samples import CPU, request_of
 
 from blade.blade_core.backends import BACKENDS
+from blade.blade_core.backends.inductor import InductorBackend
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
 from blade.blade_core.errors import InvalidChoice
@@ -130,7 +131,7 @@ def test_graphs_that_were_loaded_ahead_are_deleted_too(
     Engine(store=(tmp_path, 2**30)).graph(request.key, inductor, lambda: request, **ask)
     session.engine = engine = Engine(store=(tmp_path, 2**30))
     assert engine.store is not None
-    engine.early.start(engine.store, CPU, lambda: None)
+    engine.early.start(engine.store, InductorBackend(), CPU, lambda: None)
     engine.early.wait()
     assert len(engine.early) == 1
     (line,) = session.clear(disk=place == "disk", memory=place == "memory")

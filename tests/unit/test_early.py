@@ -16,6 +16,7 @@ from blade_tests.unit.samples import CPU, Unit
 
 from blade.blade_core.backends import BACKENDS
 from blade.blade_core.backends.inductor import InductorBackend
+from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.counters import Counters
 from blade.blade_core.early import EarlyGraphs
 from blade.blade_core.engine import Engine
@@ -47,7 +48,7 @@ def get(engine: Engine, request: GraphRequest) -> Graph:
 
 def started(engine: Engine) -> EarlyGraphs:
     assert engine.store is not None
-    engine.early.start(engine.store, CPU, lambda: None)
+    engine.early.start(engine.store, InductorBackend(), CPU, lambda: None)
     engine.early.wait()
     return engine.early
 
@@ -118,7 +119,7 @@ def left(folder: Path, content: bytes) -> EarlyGraphs:
     folder.chmod(0o700)
     (folder / f"{request_of().key.id}.graph").write_bytes(content)
     early = EarlyGraphs(threading.Lock())
-    early.start(GraphStore(folder, 2**30, Counters()), CPU, lambda: None)
+    early.start(GraphStore(folder, 2**30, Counters()), InductorBackend(), CPU, lambda: None)
     early.wait()
     return early
 
@@ -166,7 +167,7 @@ def test_cleared_nothing_more_is_loaded(filled: Path) -> None:
     def ready() -> None:
         assert go.wait(20)
 
-    engine.early.start(engine.store, CPU, ready)
+    engine.early.start(engine.store, InductorBackend(), CPU, ready)
     engine.early.clear()
     go.set()
     engine.early.wait()
@@ -178,7 +179,7 @@ def test_nobody_compiles_meanwhile(filled: Path) -> None:
     engine = engine_of(filled)
     assert engine.store is not None
     with engine._compiling:
-        engine.early.start(engine.store, CPU, lambda: None)
+        engine.early.start(engine.store, InductorBackend(), CPU, lambda: None)
         time.sleep(0.5)
         assert len(engine.early) == 0
     engine.early.wait()
@@ -212,3 +213,25 @@ def test_whose_a_key_is() -> None:
     assert not is_for(key.text, key.backend + "0", CPU)
     assert is_for(key.text, key.backend, CPU)
     assert not is_for(key.text.replace("format=", "format=9"), key.backend, CPU)
+
+
+@needs_inductor
+def test_graphs_with_other_kernels_are_left(filled: Path) -> None:
+    engine = engine_of(filled)
+    assert engine.store is not None
+    engine.early.start(engine.store, InductorBackend(()), CPU, lambda: None)
+    engine.early.wait()
+    assert not len(engine.early)
+
+
+def test_a_server_loads_those_that_its_nodes_will_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only for a GPU: there is none here, so that what is asked for is looked at."""
+    engine, asked = engine_of(tmp_path), []
+    monkeypatch.setattr(GraphStore, "used_within", lambda store, seconds: True)
+    monkeypatch.setattr(engine._preload, "start", lambda backend: None)  # imports it in a thread
+    monkeypatch.setattr(engine.early, "start", lambda *given: asked.append(given[1]))
+    monkeypatch.setenv("BLADE_KERNELS", "geglu")
+    engine.started(torch.device("cuda"))
+    assert asked == list(engine.backends(OptimizeConfig(backend="inductor"), CPU))
