@@ -31,6 +31,12 @@ class GraphCache:
         self._failures: dict[GraphKey, str] = {}
         self._building: set[GraphKey] = set()
         self._bytes = 0
+        self._forgotten = 0
+
+    @property
+    def forgotten(self) -> int:
+        """How often graphs were dropped: while it stays, what was found is found."""
+        return self._forgotten
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +97,7 @@ class GraphCache:
             graph = self._graphs.pop(key, None)
             if graph is not None:
                 self._bytes -= graph.nbytes
+                self._forgotten += 1
 
     def clear(self) -> None:
         """Drop all graphs and forget all failures."""
@@ -98,6 +105,7 @@ class GraphCache:
             self._graphs.clear()
             self._failures.clear()
             self._bytes = 0
+            self._forgotten += 1
 
     def _find(self, key: GraphKey) -> Graph | None:
         failure = self._failures.get(key)
@@ -117,4 +125,5 @@ class GraphCache:
             while self._bytes > self.budget and len(self._graphs) > 1:
                 _, evicted = self._graphs.popitem(last=False)
                 self._bytes -= evicted.nbytes
+                self._forgotten += 1
                 self._counters.add("graphs_evicted")

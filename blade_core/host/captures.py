@@ -40,19 +40,29 @@ class ModelCaptures:
         self._over_runs = over_runs
         self._baked: tuple[Any, ...] = ()
         self._stream = 0
-        self._guard: object | None = None
+        self._forgotten = 0
+        self._guard: weakref.ref[Any] | None = None
         self._elsewhere: set[tuple[weakref.ref[CapturePool], Hashable]] = set()
         # With the model goes what other models have captured of it.
         weakref.finalize(self, _discard, self._elsewhere).atexit = False
 
-    def begin(self, device: torch.device, outer: Sequence[nn.Module], wanted: bool) -> None:
-        """A run begins. outer: what no block holds, and a capture of a whole call would run."""
-        known, self.replayer = self.replayer, None
+    def begin(
+        self, device: torch.device, outer: Sequence[nn.Module], *, wanted: bool, forgotten: int
+    ) -> None:
+        """A run begins.
+
+        outer: what no block holds, and a capture of a whole call would run.
+        forgotten: another number when a graph has to be compiled or loaded again, which cannot be
+            done while recording, so that calls have to be launched first.
+        """
+        known = self.replayer if self._over_runs and forgotten == self._forgotten else None
+        self._forgotten = forgotten
+        self.replayer = None
         self.why_not = None
         self.replays = 0
         if wanted and self.pool.usable(device):
             self.why_not = not_capturable(outer, device)
-            self.replayer = known if known and self._over_runs else self._new_replayer()
+            self.replayer = known or self._new_replayer()
             self.replayer.begin_run()
 
     def still_fit(
@@ -64,7 +74,8 @@ class ModelCaptures:
         """
         self._stream = _stream(device)
         baked = (device, self._stream, *baked)
-        if baked == self._baked:
+        guarded = self._guard is None or self._guard() is not None  # it calls back only once
+        if baked == self._baked and guarded:
             return True
         self._baked = baked
         self.state = next(_states)

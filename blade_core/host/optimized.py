@@ -221,7 +221,12 @@ class OptimizedModel:
         self._watch.start(slots + parameter_slots(outer), parts)
         captures = self._captures
         captures.projections.begin([p for block in self.blocks for p in block.projections()])
-        captures.begin(x.device, outer, self.config.capture)
+        captures.begin(
+            x.device,
+            outer,
+            wanted=self.config.capture,
+            forgotten=self._engine.cache.forgotten,
+        )
         if not captures.still_fit(x.device, self._baked(model, run), self._watch.first):
             self.drop_captures()
         self._run = run

@@ -266,7 +266,7 @@ def _has_code(attributes: dict[str, Any], hooks: dict[int, Any], pre_hooks: dict
     return bool("forward" in attributes or hooks or pre_hooks)
 
 
-def when_freed(tensor: torch.Tensor, callback: Callable[[], None]) -> object | None:
+def when_freed(tensor: torch.Tensor, callback: Callable[[], None]) -> weakref.ref[Any] | None:
     """Call `callback` once the memory of `tensor` is given up, as long as the result is kept.
 
     The host tells no one but the patcher that loaded a model when it takes it off the GPU. None

@@ -112,6 +112,45 @@ def test_weights_written_in_place(session: Session, vae: Any, captured: Any) -> 
         assert_as_stock(vae, captured, decode())
 
 
+def evict(session: Session) -> None:
+    """Both the memory that captures may hold and that of graphs were needed for others."""
+    for pool in session.captures.pools:
+        pool.clear()
+    for key in session.engine.cache.all_keys():
+        session.engine.cache.discard(key)
+
+
+@pytest.mark.parametrize("delete", [evict, lambda session: session.clear(disk=False, memory=True)])
+def test_what_compiles_again_is_not_recorded(
+    session: Session, vae: Any, captured: Any, delete: Callable[[Session], Any]
+) -> None:
+    """Compiling waits for the GPU: that ends a recording, and under cudaMallocAsync the process."""
+    delete(session)
+    with session.engine.counters.expect(captures=0, vae_replays=0, blocks_eager=0):
+        assert_as_stock(vae, captured, decode())
+    with session.engine.counters.expect(captures=1, graphs_compiled=0):
+        assert_as_stock(vae, captured, *[decode(seed=seed) for seed in range(3)])
+
+
+def test_weights_that_leave_twice_from_where_they_were(
+    session: Session, vae: Any, captured: Any
+) -> None:
+    """What was captured goes when the memory does, each time, though addresses are the same."""
+    weight = vae.first_stage_model.decoder.conv_in.weight
+    place = bytearray(weight.nbytes)
+
+    def arrive() -> None:
+        there = torch.frombuffer(place, dtype=weight.dtype).view(weight.shape)
+        weight.data = there.copy_(weight.data)
+
+    for _ in range(2):
+        with session.engine.counters.expect(captures=1):
+            arrive()
+            assert_as_stock(vae, captured, *[decode(seed=seed) for seed in range(3)])
+        with session.engine.counters.expect(captures_dropped=1):
+            weight.data = weight.data.clone()
+
+
 def test_weights_that_moved(session: Session, vae: Any, captured: Any) -> None:
     weight = vae.first_stage_model.decoder.conv_in.weight
     with session.engine.counters.expect(captures_dropped=1, captures=1, graphs_compiled=0):
