@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from .backends import BACKENDS, Backend
 from .backends.inductor import InductorBackend
 from .cache import WAIT_SECONDS, GraphCache
 from .check import difference_of, tolerance
+from .choose import usable_backends
 from .config import OptimizeConfig, graph_cache_bytes, own_kernels
 from .counters import Counters
 from .early import EarlyGraphs
 from .errors import (
-    BackendUnavailable,
     CompileFailed,
     NotPrivate,
     first_line,
@@ -35,9 +34,6 @@ from .log import logger, warn_once
 from .pool import Result
 from .preload import Preload
 from .store import GraphStore
-
-_ORDER = ("torch_blade", "inductor")
-"""Which compiler is asked first, by `auto` and after a chosen one that cannot run."""
 
 _LATELY_SECONDS = 7 * 24 * 3600.0
 
@@ -58,29 +54,9 @@ class Engine:
         self.early = EarlyGraphs(self._compiling)
 
     def backends(self, config: OptimizeConfig, device: torch.device) -> tuple[Backend, ...]:
-        """Return the backends that `config` allows on `device`, the one to try first in front.
-
-        Under `fallback` a chosen backend that cannot run is replaced by the next that can,
-        with one warning, and what it cannot compile is tried with the next.
-
-        Raises:
-            BackendUnavailable: none can run, or the chosen one cannot and `on_failure` is
-                `error`. The message holds each one's reason.
-        """
-        names: tuple[str, ...] = (config.backend,)
-        if config.backend == "auto":
-            names = _ORDER
-        elif config.backend in _ORDER and not config.strict:
-            names = _ORDER[_ORDER.index(config.backend) :]
+        """`usable_backends`, once the compiler is imported if that has begun."""
         self._preload.wait()
-        reasons = {name: _why_not(BACKENDS[name], device) for name in names}
-        usable = tuple(_chosen(name, config) for name in names if reasons[name] is None)
-        why_not = {name: reason for name, reason in reasons.items() if reason is not None}
-        if not usable:
-            raise BackendUnavailable(_cannot(config.backend, why_not))
-        if config.backend in why_not:
-            warn_once(f"{_cannot(config.backend, why_not)} Blade uses {usable[0].name} instead.")
-        return usable[:1] if config.strict else usable
+        return usable_backends(config, device)
 
     def started(self, device: torch.device) -> None:
         """The process has started. Graphs that were used lately are going to be needed again: the
@@ -97,8 +73,7 @@ class Engine:
         it. Where no graph was ever made, all of them will be missing, and other processes get
         ready, too; if nobody waits for those, the first image does not need a compiler here."""
         made = len(self.cache) or (self.store is not None and self.store.stored().graphs)
-        names = (config.backend, *(_ORDER if config.backend == "auto" else ()))
-        if "inductor" in names:
+        if config.backend in ("auto", "inductor"):
             if not made and self.jobs.pays(device):
                 self.jobs.start(device)
             if made or config.compile != "background":
@@ -280,14 +255,6 @@ class Engine:
         return Graph(request.key, compiled.call, compiled.nbytes, seconds, backend.capturable)
 
 
-def _why_not(backend: Backend, device: torch.device) -> str | None:
-    """Why `backend` cannot run for `device`, also where its packages are broken."""
-    try:
-        return backend.available(device)
-    except Exception as error:  # whatever half-imported packages raise
-        return f"it cannot be asked ({first_line(error)})"
-
-
 def _job(backend: Backend, request: GraphRequest) -> bytes | None:
     """The request for another process; None where it cannot travel, so that this one compiles it,
     and says what is wrong if that is no better."""
@@ -315,13 +282,6 @@ def _nothing(_: GraphKey) -> None:
     """There is nobody to tell."""
 
 
-def _chosen(name: str, config: OptimizeConfig) -> Backend:
-    backend = BACKENDS[name]
-    if isinstance(backend, InductorBackend):
-        return replace(backend, kernels=config.kernels)
-    return backend
-
-
 def _failure(backend: str, request: GraphRequest, error: Exception) -> CompileFailed:
     label = request.key.label
     if is_out_of_memory(error):
@@ -338,8 +298,3 @@ def _failure(backend: str, request: GraphRequest, error: Exception) -> CompileFa
             transient=True,
         )
     return CompileFailed(f"{backend} could not compile {label}: {first_line(error)}")
-
-
-def _cannot(chosen: str, reasons: dict[str, str]) -> str:
-    each = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    return f'Blade cannot use backend "{chosen}" here. {each}.'
