@@ -141,6 +141,11 @@ def _once(make_it: Callable[[], Any]) -> Any:
     return make_it()
 
 
+def row(name: str, model: float = 1.0, clip: float = 1.0, *rest: Any) -> Row:
+    """A row of the node: a file by its name without suffix, and its strengths."""
+    return f"{name}.safetensors", model, clip, *rest
+
+
 def stock(model: Any, rows: Sequence[Row], clip: Any = None) -> tuple[Any, Any]:
     """`rows` as a chain of the host's own nodes."""
     for name, strength_model, strength_clip, *on in rows:

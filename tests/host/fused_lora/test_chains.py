@@ -10,13 +10,13 @@ import pytest
 from blade_tests.host.lora_files import (
     SMALL,
     LoraFile,
-    Row,
     assert_near,
     expected,
     fuse,
     loaded,
     make,
     make_clip,
+    row,
     state,
     stock,
 )
@@ -40,15 +40,6 @@ def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     )
     yield {file.save(tmp_path, name): file for name, file in files.items()}
     comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def small() -> Any:
-    return make_model(SMALL)
-
-
-def row(name: str, *rest: Any) -> Row:
-    return (f"{name}.safetensors", *rest)
 
 
 A, B = row("lora", 0.8, 0.6), row("kron", -0.5, 0.0)

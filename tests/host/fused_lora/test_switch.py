@@ -1,11 +1,8 @@
-"""The life of fused LoRAs: switches, memory, files, offloaded weights, hooks and clones."""
+"""The life of fused LoRAs: switches, memory, offloaded weights, hooks and clones."""
 
 import functools
-import gc
 import itertools
-import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,9 @@ import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.utils
-import folder_paths
 import pytest
 import torch
+from blade_tests.host.fused_lora.memory import tensor_bytes
 from blade_tests.host.lora_files import (
     SMALL,
     LoraFile,
@@ -24,24 +21,21 @@ from blade_tests.host.lora_files import (
     addresses,
     assert_near,
     changed,
-    distance,
     effective,
     fuse,
     loaded,
-    make,
     make_clip,
     patcher,
+    row,
     same,
     state,
     stock,
-    widgets,
 )
 from blade_tests.host.tiny import DEVICE, conditioning, make_model, relative_rms
 from blade_tests.host.tiny import sample as sample_steps
 
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.host.model import Session, optimize_model
-from blade.nodes.fused_lora import BladeFusedLoRA
 
 WEIGHTS = 1e-6
 IMAGES = 1e-4
@@ -49,35 +43,6 @@ EAGER = OptimizeConfig(backend="eager", on_failure="error")
 NO_NEW_GRAPHS = {"graphs_compiled": 0, "captures": 0, "captures_dropped": 0}
 ONCE = pytest.mark.parametrize("session", ["launched"], indirect=True)
 NAMES = ("lora", "kron", "loha", "dora", "few")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, both = tmp_path_factory.mktemp("loras"), (make_model(SMALL), make_clip())
-    make(*both, ranks=(4, 32), dtype=torch.float16, seed=1).save(folder, "lora")
-    make(*both, kinds=("lokr", "diff", "bias"), seed=2).save(folder, "kron")
-    make(*both, kinds=("loha", "norm"), seed=3).save(folder, "loha")
-    make(*both, kinds=("dora",), only="attn", seed=4).save(folder, "dora")
-    make(*both, only="attn2", seed=5).save(folder, "few")
-    return folder
-
-
-@pytest.fixture
-def own(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of this test's own; ComfyUI's are this one and the files above."""
-    folders = ([str(made), str(tmp_path)], {".safetensors"})
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", folders)
-    yield tmp_path
-    comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def small() -> Any:
-    return make_model(SMALL)
-
-
-def row(name: str, model: float = 1.0, clip: float = 1.0) -> Row:
-    return f"{name}.safetensors", model, clip
 
 
 def sample(model: Any, **options: Any) -> torch.Tensor:
@@ -91,19 +56,6 @@ def draw(chance: random.Random) -> list[Row]:
         row(chance.choice(NAMES), chance.choice((1.0, chance.uniform(-1, 1))), 0.5)
         for _ in range(chance.randrange(1, 5))
     ]
-
-
-def tensor_bytes() -> int:
-    """Of all memory that a tensor in this process holds."""
-    gc.collect()
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in gc.get_objects()
-        if type(t) in (torch.Tensor, torch.nn.Parameter)
-        and t.device.type != "meta"
-        and t.layout == torch.strided  # others, of tests before, have no storage
-    }
-    return sum(storages.values())
 
 
 def test_two_hundred_switches(own: Path, small: Any) -> None:
@@ -278,94 +230,6 @@ def test_saving_a_model(own: Path, small: Any) -> None:
         keys = {key: f"model.{key}" for key in theirs if key.startswith("diffusion_model.")}
         assert len(keys) > 100
         assert_near({k: saved[s] for k, s in keys.items()}, {k: theirs[k] for k in keys}, 1e-5)
-
-
-def rewrite(folder: Path, name: str, seed: int, *, seconds: int) -> None:
-    """Another LoRA under the same name and of the same size, changed `seconds` later."""
-    path = folder / f"{name}.safetensors"
-    modified = path.stat().st_mtime_ns
-    before = path.stat().st_size
-    other = folder / "other.safetensors"
-    make(make_model(SMALL), seed=seed).save(folder, "other")
-    path.write_bytes(other.read_bytes())  # the same inode: what is mapped would change
-    other.unlink()
-    assert path.stat().st_size == before
-    os.utime(path, ns=(modified, modified + seconds * 10**9))
-
-
-@ONCE
-def test_files_are_read_once(session: Session, own: Path, small: Any) -> None:
-    for seed, name in enumerate(("a", "b")):
-        make(small, seed=seed).save(own, name)
-    a, half, b = [row("a")], [row("a", 0.5)], [row("b")]
-    theirs = {}
-    for name, rows in (("a", a), ("half", half), ("b", b)):
-        theirs[name] = loaded(stock(small, rows)[0])
-    comfy.model_management.unload_all_models()
-    reads = session.loras.reads
-    assert_near(loaded(fuse(small, a)[0]), theirs["a"], WEIGHTS)
-    assert_near(loaded(fuse(small, b)[0]), theirs["b"], WEIGHTS)
-    assert session.loras.reads == reads + 2
-    # Nobody can tell from outside that this file was rewritten: what was read is what counts.
-    rewrite(own, "a", 7, seconds=0)
-    assert_near(loaded(fuse(small, a)[0]), theirs["a"], WEIGHTS)
-    assert_near(loaded(fuse(small, half)[0]), theirs["half"], WEIGHTS)
-    assert session.loras.reads == reads + 2
-    assert 0 < session.loras.nbytes <= session.loras.budget
-
-
-@ONCE
-def test_a_file_that_changed_is_read_again(session: Session, own: Path, small: Any) -> None:
-    make(small, seed=0).save(own, "a")
-    rows = [row("a")]
-    assert BladeFusedLoRA.IS_CHANGED(**widgets([row("nowhere")])) is not None
-    version = BladeFusedLoRA.IS_CHANGED(**widgets(rows))
-    assert BladeFusedLoRA.IS_CHANGED(**widgets(rows)) == version
-    before = fuse(small, rows)[0]
-    old = loaded(before)
-    rewrite(own, "a", 7, seconds=1)
-    assert BladeFusedLoRA.IS_CHANGED(**widgets(rows)) != version
-    after = fuse(small, rows)[0]
-    assert after.patches_uuid != before.patches_uuid
-    new, theirs = loaded(after), loaded(stock(make_model(SMALL), rows)[0])
-    assert_near(new, theirs, WEIGHTS)
-    assert distance(new, old, changed(new, old)) > 0.05
-    assert_near(loaded(before), old, WEIGHTS)  # a clone keeps what it was made of
-
-
-def held_bytes(session: Session) -> int:
-    """The memory that tensors of files take which nothing but the library keeps alive."""
-    gc.collect()
-    before = tensor_bytes()
-    session.loras = type(session.loras)(session.loras.budget)
-    return before - tensor_bytes()
-
-
-@ONCE
-@pytest.mark.parametrize("names", [("lora", "kron"), ("dora", "oft")])
-def test_the_budget_counts_what_is_held(
-    session: Session, own: Path, small: Any, names: tuple[str, ...]
-) -> None:
-    make(small, kinds=("oft",), only="attn", seed=6).save(own, "oft")
-    for name in names:
-        fuse(small, [row(name)])
-    counted = session.loras.nbytes
-    assert held_bytes(session) <= 1.1 * counted
-
-
-@ONCE
-def test_files_beyond_the_budget_are_read_again(session: Session, own: Path, small: Any) -> None:
-    rows = [[row(name)] for name in ("lora", "dora", "kron", "loha")]
-    theirs = [loaded(stock(make_model(SMALL), one)[0]) for one in rows]
-    fuse(small, [one[0] for one in rows])
-    session.loras.budget = session.loras.nbytes // 4
-    for _ in range(2):
-        for one, expected in zip(rows, theirs, strict=True):
-            assert_near(loaded(fuse(small, one)[0]), expected, 1e-5)
-    assert session.loras.reads > 8
-    together = [one[0] for one in rows]
-    expected = loaded(stock(make_model(SMALL), together)[0])
-    assert_near(loaded(fuse(small, together)[0]), expected, 1e-5)
 
 
 @torch.inference_mode()

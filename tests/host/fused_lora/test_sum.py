@@ -23,6 +23,7 @@ from blade_tests.host.lora_files import (
     loaded,
     make,
     make_clip,
+    row,
     state,
     stock,
 )
@@ -38,10 +39,6 @@ WEIGHTS = 1e-6
 IMAGES = 1e-4
 EAGER = OptimizeConfig(backend="eager", on_failure="error")
 SOUND = tuple(kind for kind in LINEAR if kind != "lokr tucker")
-
-
-def row(name: str, *rest: Any) -> Row:
-    return (f"{name}.safetensors", *rest)
 
 
 ROWS: dict[int, list[Row]] = {
@@ -102,11 +99,6 @@ def loras(
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", folders)
     yield made[1]
     comfy.model_management.unload_all_models()
-
-
-@pytest.fixture
-def small() -> Any:
-    return make_model(SMALL)
 
 
 def strengths(rows: list[Row], part: int) -> list[tuple[str, float]]:

@@ -33,11 +33,6 @@ C: Row = ("c.safetensors", -0.4, 1.0)
 
 
 @pytest.fixture
-def small() -> Any:
-    return make_model(SMALL)
-
-
-@pytest.fixture
 def folder(tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     folders = ([str(tmp_path)], folder_paths.supported_pt_extensions)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", folders)
