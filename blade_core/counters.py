@@ -18,6 +18,7 @@ NAMES = (
     "blocks_compiled",  # blocks that ran compiled, once a run
     "blocks_eager",  # blocks that ran as stock, once a run
     "runs",  # sampling runs through an optimized model
+    "runs_pending",  # ended while other processes still compiled for them; ControlNets and VAEs too
     "captures",  # CUDA graphs recorded
     "captures_dropped",  # given back: weights moved, memory needed, or the model is gone
     "replays",  # UNet calls that were one replay

@@ -89,6 +89,14 @@ class BladeControlNetApply:
                     },
                 ),
                 **DIALS,
+                "enabled": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "tooltip": "Off: the ControlNet is applied by ComfyUI's own code. To leave "
+                        "it out, set strength to 0.",
+                    },
+                ),
                 **FROZEN_DIAL,
                 **COMPILE_DIAL,
             },

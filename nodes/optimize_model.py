@@ -40,8 +40,8 @@ DIALS: dict[str, Any] = {
         "BOOLEAN",
         {
             "default": True,
-            "tooltip": "Off: the model runs exactly as without this node. Costs "
-            "nothing; handy for comparing.",
+            "tooltip": "Off: everything runs exactly as without Blade. Costs nothing; handy for "
+            "comparing.",
         },
     ),
 }

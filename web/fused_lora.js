@@ -19,7 +19,7 @@ function rowsOf(node) {
 
 /** Whether a row names a LoRA, or takes any of its values from another node. */
 function isUsed(node, row) {
-  const linked = node.inputs.filter((input) => input.link != null).map((input) => input.name);
+  const linked = node.inputs.filter((_, slot) => node.isInputConnected(slot)).map((input) => input.name);
   return row[0].value !== "None" || row.some((widget) => linked.includes(widget.name));
 }
 

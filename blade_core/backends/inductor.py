@@ -45,6 +45,11 @@ class InductorBackend:
     capturable = True
 
     def available(self, device: torch.device) -> str | None:
+        if not standalone.keeps_graphs():
+            warn_once(
+                f"torch {torch.__version__} cannot keep compiled graphs (2.8 and newer can): Blade "
+                "compiles them in this process, and again after each restart."
+            )
         if device.type == "cpu":
             return _no_cpp_compiler(os.environ.get("CXX"))
         if device.type == "cuda":
@@ -77,7 +82,7 @@ class InductorBackend:
         )
 
     def job(self, request: GraphRequest) -> bytes | None:
-        if request.frozen or not hasattr(torch._inductor, "standalone_compile"):
+        if request.frozen or not standalone.keeps_graphs():
             return None
         if _not_private() is not None:  # it could not be loaded here
             return None

@@ -96,6 +96,11 @@ def build_artifact(module: torch.fx.GraphModule, patches: dict[str, Any]) -> byt
     return artifact
 
 
+def keeps_graphs() -> bool:
+    """Whether this torch (2.8 or newer) can hand a compiled graph to another process."""
+    return hasattr(torch._inductor, "standalone_compile")
+
+
 def function_of(call: Callable[..., Any], *, frozen: bool) -> GraphFunction:
     """What Inductor gives as Blade calls it."""
 
@@ -119,11 +124,10 @@ def _compile(
     *,
     storable: bool,
 ) -> tuple[Callable[..., Any], bytes | None]:
-    standalone = getattr(torch._inductor, "standalone_compile", None)
-    if standalone is None or not storable:
+    if not storable or not keeps_graphs():
         call: Any = torch._inductor.compile(module, [*inputs], options=patches)
         return call, None
-    compiled = standalone(
+    compiled = torch._inductor.standalone_compile(
         module,
         inputs,
         dynamic_shapes="from_example_inputs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -38,12 +39,20 @@ class Row:
     strength_model: float
     strength_clip: float
 
+    def __post_init__(self) -> None:
+        for strength in (self.strength_model, self.strength_clip):
+            if not math.isfinite(strength):
+                raise LoraError(
+                    f"A strength of the LoRA {self.name!r} is {strength}; expected a finite number."
+                )
+
     @classmethod
     def of_stack(cls, stack: Any) -> list[Row]:
         """The rows of a LORA_STACK in use.
 
         Raises:
-            LoraError: it is no list of (name, strength for the model, strength for the clip).
+            LoraError: it is no list of (name, strength for the model, strength for the clip), or
+                one of these is not finite.
         """
         try:
             rows = [cls(str(n), float(model), float(clip)) for n, model, clip in stack or ()]
@@ -68,10 +77,11 @@ class Row:
 class Fused:
     """What BladeFusedLoRA left on a clone: for the report, and for the next such node.
 
-    stack: all that this clone got so far, in order. switch_ms: of the last writing of weights.
+    stacks: what each of these nodes handed on, all of which is on this clone. switch_ms: of the
+    last writing of weights.
     """
 
-    stack: tuple[Row, ...] = ()
+    stacks: tuple[tuple[Row, ...], ...] = ()
     rows: list[dict[str, Any]] = field(default_factory=list)
     weights: int = 0
     fuse_ms: float = 0.0
@@ -138,7 +148,8 @@ def fuse_loras(
     milliseconds = (time.perf_counter() - start) * 1e3
     for component, clone, chosen in zip(components, fused, added, strict=True):
         if chosen:
-            _leave_report(clone, component, chosen, reports, milliseconds)
+            handed_on = (*stack, *rows)
+            _leave_report(clone, component, chosen, handed_on, reports, milliseconds)
     return fused[0], fused[1] if clip is not None else None
 
 
@@ -151,11 +162,17 @@ def _of_clip(row: Row) -> float:
 
 
 def _not_there_yet(component: _Component, stack: Sequence[Row]) -> list[Row]:
-    """`stack` without what came with the clone from the node before: all of it, its beginning
-    where another node has extended it since, or more."""
-    there, asked = component.fused.stack, tuple(stack)
-    shared = min(len(there), len(asked))
-    return list(asked[shared:] if asked[:shared] == there[:shared] else asked)
+    """`stack` without what came with the clone from the nodes before: all of a stack that one of
+    them handed on, its beginning where another node has extended it since, or more."""
+    asked = tuple(stack)
+    shared = [_shared(asked, there) for there in component.fused.stacks]
+    return list(asked[max(shared, default=0) :])
+
+
+def _shared(one: tuple[Row, ...], other: tuple[Row, ...]) -> int:
+    """How many rows they have in common where one begins with all of the other."""
+    count = min(len(one), len(other))
+    return count if one[:count] == other[:count] else 0
 
 
 _Files = dict[Row, tuple[LoraFile, list[Lora]]]
@@ -274,12 +291,13 @@ def _leave_report(
     clone: Any,
     component: _Component,
     rows: Sequence[Row],
+    handed_on: tuple[Row, ...],
     reports: dict[Row, dict[str, Any]],
     milliseconds: float,
 ) -> None:
     patcher, before = _patcher(clone), component.fused
     after = Fused(
-        stack=(*before.stack, *rows),
+        stacks=(*before.stacks, handed_on),
         rows=[*before.rows, *(reports[row] for row in rows if row in reports)],
         weights=len(patcher.patches),
         fuse_ms=before.fuse_ms + milliseconds,

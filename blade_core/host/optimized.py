@@ -66,6 +66,7 @@ class OptimizedModel:
         self._held = 0
         self._bound = 0
         self._rebuilds = False
+        self._told = False
         self._code: tuple[Any, ...] = ()
         self._progress = CompileProgress(None)
         self._holders = self._hold(model)
@@ -134,10 +135,13 @@ class OptimizedModel:
         """End of a run: give the weights back as they were, let go of everything per run."""
         with self._lock:
             run, self._run = self._run, None
+            self._told = False
             self._layout.restore()
             self._watch.stop()
             if run is None:
                 return
+            if run.pending:
+                run.engine.counters.add("runs_pending")
             if replays := self._captures.replays:
                 run.engine.counters.add(self.counters[1], replays)
                 for block in self.blocks:  # each replay ran them all
@@ -163,6 +167,7 @@ class OptimizedModel:
     def _begin(
         self, model: nn.Module, x: torch.Tensor, progress: CompileProgress, freeze: bool
     ) -> None:
+        told = self._told  # in this run, each call of which tries again
         self.end()
         self.why_not = None
         try:
@@ -171,6 +176,9 @@ class OptimizedModel:
             if self.config.strict:
                 raise
             self._refuse(str(error))
+            if not told:
+                progress.stock(str(error))
+            self._told = True
             return
         replaced = replaced_by_others()
         if replaced is not None:

@@ -41,6 +41,10 @@ class CompileProgress:
         # Short enough for one line of a node at its default width.
         say(f"{done + 1}/{total} {key.label}, {seconds:.0f} s", self._node_id)
 
+    def stock(self, why: str) -> None:
+        """All of it runs as without Blade."""
+        say(f"runs as stock: {why}", self._node_id)
+
     def finish(self, pending: bool) -> None:
         """At the end of a call: say what is ready, and take the bar off the node.
 

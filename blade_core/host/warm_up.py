@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.utils
 import torch
@@ -76,7 +77,8 @@ def warm_up(
     batches: Sequence[int],
     cfg: float,
 ) -> list[str]:
-    """Sample a few steps of each size and batch size; return a line on each.
+    """Sample a few steps of each size and batch size, until no graph is left to be compiled, also
+    where nobody waits for graphs otherwise; return a line on each.
 
     The images are thrown away; neither the model nor any random number generator is changed.
     """
@@ -84,7 +86,8 @@ def warm_up(
         message = "Nothing to warm up: this model does not run through Blade Optimize Model."
         logger.warning(message)
         return [message]
-    counters = host.session().engine.counters
+    engine = host.session().engine
+    counters = engine.counters
     channels = model.get_model_object("latent_format").latent_channels
     cases = list(product(sizes, batches))
     bar = comfy.utils.ProgressBar(len(cases))
@@ -92,18 +95,22 @@ def warm_up(
     for (width, height), batch in cases:
         before, start = counters.snapshot(), time.perf_counter()
         latent = torch.zeros(batch, channels, height // _CELL, width // _CELL)
-        comfy.sample.sample(
-            model,
-            torch.zeros_like(latent),
-            _STEPS,
-            cfg,
-            "euler",
-            "normal",
-            positive,
-            negative,
-            latent,
-            disable_pbar=True,
-        )
+        pending = None
+        while pending != counters["runs_pending"]:
+            pending = counters["runs_pending"]
+            engine.jobs.finish(comfy.model_management.throw_exception_if_processing_interrupted)
+            comfy.sample.sample(
+                model,
+                torch.zeros_like(latent),
+                _STEPS,
+                cfg,
+                "euler",
+                "normal",
+                positive,
+                negative,
+                latent,
+                disable_pbar=True,
+            )
         after = counters.snapshot()
         compiled, loaded = (
             int(after[name] - before[name]) for name in ("graphs_compiled", "graphs_loaded")

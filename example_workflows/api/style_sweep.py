@@ -26,12 +26,13 @@ ROWS = 8
 def main() -> int:
     """Parse the command line and return the exit code of the sweep."""
     options = parse()
-    workflow = json.loads(options.workflow.read_text(encoding="utf-8"))
-    if options.checkpoint:
-        inputs_of(workflow, "CheckpointLoaderSimple")["ckpt_name"] = options.checkpoint
-    node = inputs_of(workflow, "BladeFusedLoRA")
-    loras = options.loras or [node[f"lora_{i}"] for i in range(1, ROWS + 1) if f"lora_{i}" in node]
     try:
+        workflow = read(options.workflow)
+        if options.checkpoint:
+            inputs_of(workflow, "CheckpointLoaderSimple")["ckpt_name"] = options.checkpoint
+        node = inputs_of(workflow, "BladeFusedLoRA")
+        rows = [f"lora_{number}" for number in range(1, ROWS + 1)]
+        loras = options.loras or [node[row] for row in rows if row in node]
         for strengths in itertools.product(options.strengths, repeat=len(loras)):
             set_rows(node, loras, strengths)
             seconds, images = run(options.server, workflow)
@@ -67,10 +68,26 @@ class SweepError(Exception):
     """Why the sweep ended early."""
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The nodes of a workflow in API format, by id."""
+    try:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        assert all("class_type" in node and "inputs" in node for node in workflow.values())
+    except OSError as error:
+        raise SweepError(f"The workflow cannot be read: {error}") from error
+    except (ValueError, AttributeError, TypeError, AssertionError) as error:
+        raise SweepError(
+            f"{path} is no workflow in API format. Save it in ComfyUI by Export (API)."
+        ) from error
+    return workflow
+
+
 def inputs_of(workflow: dict[str, Any], class_type: str) -> dict[str, Any]:
     """The inputs of the one node of a class."""
-    (node,) = [node for node in workflow.values() if node["class_type"] == class_type]
-    return node["inputs"]
+    nodes = [node for node in workflow.values() if node["class_type"] == class_type]
+    if len(nodes) != 1:
+        raise SweepError(f"The workflow has {len(nodes)} nodes {class_type}; expected one.")
+    return nodes[0]["inputs"]
 
 
 def set_rows(node: dict[str, Any], loras: list[str], strengths: tuple[float, ...]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from blade_tests.host.control_nets import image, make_controlnet, prompts
 from blade_tests.host.tiny import DEVICE, SD15, SDXL, make_model, relative_rms, sample
 
@@ -18,6 +19,7 @@ from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
 from blade.blade_core.host.controlnet import apply_controlnet, optimize_controlnet
 from blade.blade_core.host.model import Session, optimize_model
+from blade.blade_core.host.warm_up import warm_up
 from blade.blade_core.worker import FORKS
 
 BOUND = 1e-4
@@ -157,6 +159,27 @@ def test_controlnets_too(session: Session, sd15: Any) -> None:
     assert max(relative_rms(image, expected) for image in images) <= BOUND
     with session.engine.counters.expect(graphs_compiled=0, blocks_eager=0, control_runs=1):
         sampled()
+
+
+def test_warming_up_waits(session: Session, sd15: Any) -> None:
+    """With ControlNets: a later image finds all graphs, and records them as one step."""
+    control, hint = make_controlnet(SD15), image()
+    positive, negative = prompts().values()
+    stock, both = (
+        apply_controlnet(positive, negative, net, hint, 0.8, 0.0, 1.0)
+        for net in (control, optimize_controlnet(control, BACKGROUND))
+    )
+    expected = sample(sd15, positive=stock[0], negative=stock[1])
+    model = optimize_model(sd15, BACKGROUND)
+    with torch.inference_mode():
+        (line,) = warm_up(model, *both, [(128, 128)], [1], 5.0)
+    graphs = len(session.engine.cache)
+    assert line.startswith(f"128x128, batch 1: {graphs} graphs compiled, 0 loaded, ") and graphs > 4
+    with session.engine.counters.expect(
+        blocks_eager=0, graphs_compiled=0, captures=0, runs_pending=0
+    ):
+        sampled = sample(model, positive=both[0], negative=both[1])
+    assert relative_rms(sampled, expected) <= BOUND
 
 
 def test_what_is_on_disk_is_not_given_away(session: Session, sd15: Any, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from blade.blade_core.backends import BACKENDS
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.errors import BackendUnavailable, CompileFailed, InvalidChoice
 from blade.blade_core.graph import Compiled, GraphRequest
+from blade.blade_core.host import progress
 from blade.blade_core.host.model import Session, optimize_model
 
 BOUND = 1e-4
@@ -157,8 +158,14 @@ def test_a_graph_that_fails_at_run_time_costs_its_block(
 
 
 def test_no_compiler_means_stock_with_the_reason(
-    session: Session, sd15: Any, faulty: Faulty, caplog: pytest.LogCaptureFixture
+    session: Session,
+    sd15: Any,
+    faulty: Faulty,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(progress, "say", lambda text, node_id: shown.append(text))
     faulty.reason = "no working C++ compiler was found"
     expected = sample(sd15)
     with caplog.at_level(logging.WARNING, "blade"):
@@ -166,6 +173,8 @@ def test_no_compiler_means_stock_with_the_reason(
         assert torch.equal(sample(optimized), expected)
         sample(optimized, seed=1)
     assert caplog.text.count("no working C++ compiler was found") == 1
+    assert len(shown) == 2  # once a run, not once a step
+    assert all("runs as stock" in text and faulty.reason in text for text in shown)
     assert "no working C++ compiler" in str(session.stats()["models"][0]["runs_as_stock"])
     with pytest.raises(BackendUnavailable, match=r"no working C\+\+ compiler was found"):
         optimize_model(sd15, STRICT)

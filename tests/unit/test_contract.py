@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from blade.blade_core.backends import BACKENDS, Backend
 from blade.blade_core.graph import Compiled, GraphRequest
+from blade.blade_core.log import forget_said
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -251,6 +252,17 @@ def test_inductor_s_graph_is_used_even_if_it_cannot_be_stored(
     assert graph.artifact is None and graph.nbytes > 0
     weights = tuple(w * 2 for w in request.weights)
     assert_equal(graph.call(weights, request.inputs), request, weights)
+
+
+def test_inductor_says_that_an_older_torch_keeps_no_graphs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forget_said()
+    BACKENDS["inductor"].available(torch.device("cpu"))
+    assert "cannot keep compiled graphs" not in caplog.text
+    monkeypatch.delattr(torch._inductor, "standalone_compile")
+    BACKENDS["inductor"].available(torch.device("cpu"))
+    assert f"torch {torch.__version__} cannot keep compiled graphs (2.8" in caplog.text
 
 
 def test_inductor_says_which_devices_were_never_tried() -> None:

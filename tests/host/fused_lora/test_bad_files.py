@@ -206,6 +206,16 @@ def test_a_stack_that_is_none(inputs: Inputs, stack: Any) -> None:
     inputs.assert_unchanged()
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf")])
+def test_a_strength_that_is_no_number(inputs: Inputs, strength: float) -> None:
+    name = inputs.sound[0]
+    with pytest.raises(LoraError, match=f"{name}.*{strength}"):
+        fuse(inputs.model, [], inputs.clip, stack=[(name, 1.0, strength)])
+    with pytest.raises(LoraError, match=f"{name}.*{strength}"):
+        fuse(inputs.model, [(name, strength, 1.0)], inputs.clip)
+    inputs.assert_unchanged()
+
+
 def test_an_unknown_choice(inputs: Inputs) -> None:
     with pytest.raises(BladeError, match="on_failure"):
         fuse(inputs.model, [inputs.sound], inputs.clip, on_failure="ignore")

@@ -68,6 +68,27 @@ def by_both_thrice(model: Any, clip: Any) -> Any:
     return model, clip, stack
 
 
+def by_both_after_a_node_without_the_stack(model: Any, clip: Any) -> Any:
+    """Its stack holds its own rows, which are not the first that the model got."""
+    first, text, _ = fuse(model, [A], clip)
+    second, text, stack = fuse(first, [B, C], text)
+    return fuse(second, [D], text, stack=stack)
+
+
+def by_both_with_another_packs_rows_behind(model: Any, clip: Any) -> Any:
+    first, text, _ = fuse(model, [A], clip)
+    second, text, stack = fuse(first, [B], text)
+    return fuse(second, [], text, stack=[*stack, C, D])
+
+
+def by_an_earlier_nodes_stack(model: Any, clip: Any) -> Any:
+    """Two nodes add to the first one's stack, and the last gets what the second made of it."""
+    first, text, stack = fuse(model, [A], clip)
+    second, text, _ = fuse(first, [B], text, stack=stack)
+    third, text, stack = fuse(second, [C], text, stack=stack)
+    return fuse(third, [D], text, stack=stack)
+
+
 def by_both_one_by_one(model: Any, clip: Any) -> Any:
     """The nodes in between change one of the two only."""
     stack: Any = None
@@ -123,6 +144,9 @@ CHAINS: list[Callable[[Any, Any], Any]] = [
     by_stack,
     by_both,
     by_both_thrice,
+    by_both_after_a_node_without_the_stack,
+    by_both_with_another_packs_rows_behind,
+    by_an_earlier_nodes_stack,
     by_both_one_by_one,
     by_both_with_the_last_for_one,
     by_model_and_stack,
