@@ -137,6 +137,7 @@ class Engine:
         """
         with self._alone(checkpoint):
             if self.jobs.pending(key):
+                self.jobs.begin(least=least)  # it may be held by who wanted more of them
                 return None
             new = key not in self.cache and key not in self.jobs
             if new and (self.store is None or key not in self.store):
@@ -202,9 +203,11 @@ class Engine:
         self, backend: Backend, request: GraphRequest, load: Callable[[], GraphFunction]
     ) -> GraphFunction | None:
         """What `load` gives, if it does what the request's module does."""
+        # Not among what follows: that the host's own layers fail tells nothing of a graph.
+        expected = request.eager(request.weights, request.inputs)
         try:
             call = load()
-            difference = difference_of(call, request)
+            difference = difference_of(call, request, expected)
         except NotPrivate as error:
             warn_once(str(error))
             return None
@@ -235,7 +238,8 @@ class Engine:
         start = time.perf_counter()
         try:
             compiled = backend.compile(request)
-            difference = difference_of(compiled.call, request)
+            expected = request.eager(request.weights, request.inputs)
+            difference = difference_of(compiled.call, request, expected)
         except CompileFailed:
             raise
         except Exception as error:  # whatever a compiler raises, stock ComfyUI would not have

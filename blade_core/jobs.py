@@ -77,11 +77,17 @@ class Jobs:
         """Let `payload`, which `Backend.job` gave, be compiled once there are `least` of them."""
         with self._lock:
             self._held[key] = (backend, payload)
-            if len(self._held) < least and not self._busy():
+            self._pool(device)
+            self.begin(least=least)
+
+    def begin(self, *, least: int) -> None:
+        """Let what is held be compiled if there are `least` of them."""
+        with self._lock:
+            if not self._held or (len(self._held) < least and not self._busy()):
                 return
             held, self._held = self._held, {}
             self._forget_oldest()
-            assert self.usable(device) and self._workers is not None
+            assert self._workers is not None and self._workers.count
             for key, job in held.items():
                 self._running[key] = self._workers.submit(*job)
                 self._running[key].add_done_callback(self._keep(key))

@@ -26,7 +26,10 @@ from .machine import cores, free_memory
 from .worker import FORKS, Answer, Job, read, write
 
 _START = """
-import importlib.util, os, sys
+import sys
+if sys.path[0] == "":
+    del sys.path[0]  # the working directory: ComfyUI itself imports nothing from there
+import importlib.util, os
 folder, children = sys.argv[1:]
 answers = os.dup(1)
 os.dup2(2, 1)  # what is printed, by imports too, is no answer
@@ -85,6 +88,8 @@ class Workers:
     def close(self) -> None:
         """End all processes, also in the middle of their work."""
         atexit.unregister(self.close)
+        for server in self._servers:
+            server.closed = True
         for process in self.processes():
             _end(process)
 
@@ -98,6 +103,7 @@ class _Server:
 
     def __init__(self, children: int) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self.closed = False
         self._children = children
         self._numbers = itertools.count()
         self._todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -139,6 +145,8 @@ class _Server:
                 return False
 
     def _running(self) -> subprocess.Popen[bytes]:
+        if self.closed:
+            raise WorkerFailed("there are to be none any more")
         if self.process is None or self.process.poll() is not None:
             folder = str(Path(__file__).parent)
             alike = ["-s"] if sys.flags.no_user_site else []  # or it would find another torch

@@ -13,7 +13,9 @@ import gc
 import os
 import pickle
 import select
+import signal
 import struct
+import sys
 import threading
 import time
 import warnings
@@ -23,7 +25,8 @@ from typing import IO, Any, NamedTuple
 
 from .backends import BACKENDS
 
-FORKS = hasattr(os, "fork")
+FORKS = hasattr(os, "fork") and sys.platform != "darwin"
+"""Whether a process that has imported a compiler can fork. On a Mac its frameworks forbid it."""
 
 _LENGTH = struct.Struct("<Q")
 _IDLE_SECONDS = 60.0
@@ -61,6 +64,9 @@ def main(children: int, output: int) -> None:
     with suppress(OSError, AttributeError):
         os.nice(10)  # sampling goes on meanwhile
     if FORKS:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or nobody could wait for a child
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
         _by_children(jobs, answers, children)
     else:
         _one_by_one(jobs, answers)
@@ -148,7 +154,7 @@ def _by_children(jobs: IO[bytes], answers: IO[bytes], most: int) -> None:
             if job is None:
                 return
             if not free:
-                free.append(_fork(children))
+                free.append(_fork(children, jobs, answers))
                 children.append(free[-1])
             free.pop().begin(Job(*job))
         for child in free:
@@ -160,7 +166,7 @@ def _is_readable(stream: IO[bytes]) -> bool:
     return bool(select.select([stream], [], [], 0)[0])
 
 
-def _fork(others: list[_Child]) -> _Child:
+def _fork(others: list[_Child], *mine: IO[bytes]) -> _Child:
     jobs, to_child = os.pipe()
     answers, from_child = os.pipe()
     process = os.fork()
@@ -173,6 +179,7 @@ def _fork(others: list[_Child]) -> _Child:
         for end in (
             to_child,
             answers,
+            *(end.fileno() for end in mine),
             *(end for o in others for end in (o.jobs.fileno(), o.answers)),
         ):
             os.close(end)

@@ -129,7 +129,7 @@ def _compile(
         return call, None
     compiled = torch._inductor.standalone_compile(
         module,
-        inputs,
+        [*inputs],
         dynamic_shapes="from_example_inputs",
         options={"config_patches": patches},
     )

@@ -5,28 +5,43 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.ldm.modules.attention
+import comfy.ops
+import torch
 
 from ..errors import UnknownStructure
 from ..key import digest
 from ..structure import describe_function
 
 _NAMES = ("optimized_attention", "optimized_attention_masked")
+_CALLED = "scaled_dot_product_attention"
+_ASKS = ("attention_split", "attention_sub_quad")
+"""Of the host's, those that ask for free memory, which a traced graph would never do again."""
 
 
 def attention_names() -> tuple[str, ...]:
-    """The host's part of every key: the attention function, chosen at start or by another pack."""
-    return tuple(_name(f) or "unknown" for f in _functions())
+    """The host's part of every key: the attention function, chosen at start or by another pack,
+    what it calls, and the precision it is told."""
+    precision = comfy.ldm.modules.attention.get_attn_precision  # of flags of the command line
+    upcast = [str(precision(asked, torch.float16)) for asked in (None, torch.float32)]
+    return (*(_name(f) or "unknown" for f in _functions()), *upcast)
 
 
 def unknown_attention() -> str | None:
-    """Why layers with attention cannot be compiled, if another pack's function is in the way."""
+    """Why layers with attention cannot be compiled, if the host's or another pack's function is in
+    the way."""
+    host = comfy.ldm.modules.attention
+    for name in _ASKS:
+        if getattr(host, name) in (getattr(host, chosen) for chosen in _NAMES):
+            return f"its attention is {name}, which asks for free memory while it runs"
     if all(_name(f) for f in _functions()):
         return None
     return "another node pack sets an attention function in each run that Blade cannot tell apart"
 
 
 def _functions() -> list[Any]:
-    return [getattr(comfy.ldm.modules.attention, name) for name in _NAMES]
+    own = [getattr(comfy.ldm.modules.attention, name) for name in _NAMES]
+    # What these call by name, in whose place some packs put theirs.
+    return [*own, *(getattr(owner, _CALLED) for owner in (torch.nn.functional, comfy.ops))]
 
 
 _AT_IMPORT = frozenset(map(id, _functions()))

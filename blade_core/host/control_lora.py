@@ -8,7 +8,7 @@ other, and written again in place when the base's LoRAs have changed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ _UNFINISHED = object()
 
 Weights = dict[str, torch.Tensor]
 """A ControlLora's file: whole weights by name, and factors as NAME.up and NAME.down."""
+
+_Patch = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -107,12 +109,12 @@ def _write(model: nn.Module, weights: Weights, base: Any) -> None:
                 "was made for this kind of model."
             )
     device = comfy.model_management.get_torch_device()
-    there = base.diffusion_model.state_dict()
+    there, late = base.diffusion_model.state_dict(), _late_patches(base.diffusion_model)
     with torch.no_grad():
         for owner, name, full in _parameters(model):
             old = owner._parameters[name]
             assert old is not None
-            new = _sum(full, weights, there, old.shape, device)
+            new = _sum(full, weights, there, late, old.shape, device)
             if old.is_meta:
                 owner._parameters[name] = nn.Parameter(new.to(old.dtype), requires_grad=False)
             else:
@@ -120,7 +122,12 @@ def _write(model: nn.Module, weights: Weights, base: Any) -> None:
 
 
 def _sum(
-    name: str, weights: Weights, base: Weights, shape: torch.Size, device: torch.device
+    name: str,
+    weights: Weights,
+    base: Weights,
+    late: dict[str, list[_Patch]],
+    shape: torch.Size,
+    device: torch.device,
 ) -> torch.Tensor:
     whole = weights.get(name, base.get(name))
     if whole is None or whole.shape != shape:
@@ -131,6 +138,8 @@ def _sum(
         )
     # A copy always: it becomes a weight, whose memory is the ControlNet's own.
     total = whole.to(device=device, dtype=torch.float32, copy=True)
+    for patch in late.get(name, ()) if name not in weights else ():
+        total = patch(total)
     stem = name.removesuffix(".weight")
     up, down = weights.get(f"{stem}.up"), weights.get(f"{stem}.down")
     if stem == name or up is None or down is None:
@@ -143,6 +152,18 @@ def _sum(
             "that was made for this kind of model."
         )
     return total.add_((up @ down).view(shape))
+
+
+def _late_patches(unet: nn.Module) -> dict[str, list[_Patch]]:
+    """By the names of weights that the host keeps off the GPU: their LoRAs, which it applies in
+    each call. (It forgets them for a ControlLora: it has the base's LoRAs where they fit.)"""
+    found = {}
+    for prefix, layer in unet.named_modules():
+        for name in ("weight", "bias"):
+            patches = [*getattr(layer, f"{name}_function", ())]
+            newer = getattr(layer, f"{name}_lowvram_function", None)
+            found[f"{prefix}.{name}"] = patches if newer is None else [*patches, newer]
+    return found
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:

@@ -25,6 +25,8 @@ class Proxy:
 
     def __init__(self, model: nn.Module, config: OptimizeConfig, node_id: str | None) -> None:
         self._model, self._config, self._node_id = model, config, node_id
+        self._misfit: tuple[int | None, ControlNetError] | None = None
+        """Where the model takes prompts of another width: which, and what to say of any other."""
 
     @property
     def state(self) -> OptimizedControlNet:
@@ -40,6 +42,8 @@ class Proxy:
         **others: Any,
     ) -> Any:
         """The host's ControlNet.forward, done when somebody looks at the result."""
+        if self._misfit is not None and context.shape[-1] != self._misfit[0]:
+            raise self._misfit[1]
         args = (x, hint, timesteps, context, y)
         call = self.state.prepare(
             self._model,
@@ -68,9 +72,14 @@ class Proxy:
         """A sampling run of `model`, the host's BaseModel, begins.
 
         Raises:
-            ControlNetError: the ControlNet was made for another kind of model.
+            ControlNetError: the ControlNet was made for another kind of model. One for prompts of
+                another width may still get its own (the host's CLIPTextEncodeControlnet): if it
+                does not, its first call raises.
         """
-        check_fits(self._model, model)
+        differ, error = _compared(self._model, model)
+        if differ not in ([], ["prompts"]):
+            raise error
+        self._misfit = (_made_of(self._model)["prompts"], error) if differ else None
         state = self.state
         state.end()
         state.sampled_with = weakref.ref(model.diffusion_model)
@@ -94,16 +103,23 @@ def check_fits(control_model: Any, model: Any) -> None:
     Raises:
         ControlNetError: naming what both are made of.
     """
+    differ, error = _compared(control_model, model)
+    if differ:
+        raise error
+
+
+def _compared(control_model: Any, model: Any) -> tuple[list[str], ControlNetError]:
+    """Which of their sizes differ, and what to say of it."""
     kind = type(model.model_config).__name__
     unet = getattr(model, "diffusion_model", None)
     ours, theirs = _made_of(control_model), _made_of(unet) if isinstance(unet, UNetModel) else {}
     # What a ControlNet does not take need not fit: small ones have no attention.
-    if any(size is not None and size != theirs.get(what) for what, size in ours.items()):
-        raise ControlNetError(
-            f"This ControlNet does not fit the model. It was made for a UNet with {_words(ours)}; "
-            f"the model is {kind}, with {_words(theirs)}. Load a "
-            f"ControlNet that was made for {kind}."
-        )
+    differ = [what for what, size in ours.items() if size not in (None, theirs.get(what))]
+    return differ, ControlNetError(
+        f"This ControlNet does not fit the model. It was made for a UNet with {_words(ours)}; "
+        f"the model is {kind}, with {_words(theirs)}. Load a "
+        f"ControlNet that was made for {kind}."
+    )
 
 
 def _made_of(model: Any) -> dict[str, int | None]:

@@ -132,7 +132,11 @@ class Session:
 
 def _store() -> tuple[Path, int] | None:
     budget = store_bytes()
-    return (store_folder(), budget) if budget else None
+    try:
+        return (store_folder(), budget) if budget else None
+    except RuntimeError as error:  # a user without a name has no home
+        logger.warning("Blade keeps no graphs on disk: %s Set BLADE_CACHE_DIR.", error)
+        return None
 
 
 def _all(states: _States[_State]) -> list[_State]:
@@ -169,18 +173,17 @@ class Attachment:
         self.config = config
         self.node_id = node_id
         self._running: set[OptimizedUNet] = set()
-        self._depth = 0  # runs inside of runs: some samplers sample
-        self._hooked = False
+        self._hooked: list[bool] = []
+        """Of each run under way, whether LoRA hooks change its weights. Some samplers sample."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         return self  # hosts before 0.14 deep-copy what hangs on a model's options
 
     def pre_run(self, patcher: ModelPatcher) -> None:
-        self._depth += 1
-        self._hooked = bool(patcher.hook_patches)
+        self._hooked.append(bool(patcher.hook_patches))
 
     def cleanup(self, patcher: ModelPatcher | None) -> None:
-        self._depth = max(0, self._depth - 1)
+        del self._hooked[-1:]
         for state in self._running:
             state.end()
         self._running.clear()
@@ -210,6 +213,7 @@ class Attachment:
             return executor(*args, **kwargs)  # nothing that the host itself ever calls so
         state = session().unet(unet, self.config)
         self._running.add(state)
+        hooked = self._hooked[-1:] == [True]
         try:
             return state.call(
                 executor,
@@ -217,11 +221,11 @@ class Attachment:
                 args,
                 kwargs,
                 progress=CompileProgress(self.node_id),
-                freeze=self.config.freeze_weights and not self._hooked,
-                hooked=self._hooked,
+                freeze=self.config.freeze_weights and not hooked,
+                hooked=hooked,
             )
         finally:
-            if self._depth == 0:  # called outside of a sampler: each call is a run
+            if not self._hooked:  # called outside of a sampler: each call is a run
                 self.cleanup(None)
 
 

@@ -187,6 +187,9 @@ class OptimizedModel:
         if torch.is_grad_enabled():
             self._refuse("gradients are enabled")
             return
+        if torch.is_autocast_enabled(x.device.type):  # which no key counts, and no replay sees
+            self._refuse("autocast is enabled")
+            return
         if [block.block for block in self.blocks] != self._blocks(model):  # a block was replaced
             self._holders = self._hold(model)
             self._held += 1

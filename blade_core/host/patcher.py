@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import namedtuple
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import first_line, is_cancel
 from ..log import logger
 from ..structure import modules_of
-from .adapters import parts_of
+from .adapters import FusedDelta, Part, fits, parts_of
 from .rewrite import Rewrite, rewrite
 
 FUSED = "blade_loras"
@@ -153,8 +153,9 @@ class InPlacePatcher(ModelPatcher):
         jobs, rest = [], []
         for key, layer in slots.items():
             weight, base = _weight(layer, key), self.backup[key].weight
-            parts = parts_of(self.patches.get(key, ()))
-            if parts is None or weight.dtype not in _ROUNDED:
+            patches = self.patches.get(key, ())
+            parts = parts_of(patches)
+            if parts is None or weight.dtype not in _ROUNDED or not _fit(parts, patches, weight):
                 rest.append(key)
             elif parts:
                 jobs.append(Rewrite(weight, base, parts))
@@ -256,6 +257,13 @@ def _is_plain(layer: nn.Module, name: str) -> bool:
         and not _has(layer, f"set_{name}")
         and not _has(layer, f"convert_{name}")
     )
+
+
+def _fit(parts: Sequence[Part], patches: Sequence[Any], weight: torch.Tensor) -> bool:
+    """Whether the host would apply all of them; of others it says so and goes on without. Blade's
+    own were looked at when they were read."""
+    own = all(type(patch[1]) is FusedDelta for patch in patches)
+    return own or all(fits(part, weight.shape) for part in parts)
 
 
 def _fit_there(weights: list[torch.Tensor]) -> bool:

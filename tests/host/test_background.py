@@ -182,6 +182,18 @@ def test_warming_up_waits(session: Session, sd15: Any) -> None:
     assert relative_rms(sampled, expected) <= BOUND
 
 
+def test_few_that_wait_for_more_do_not_wait_for_ever(session: Session, sd15: Any) -> None:
+    """`first` found few missing, and ended before it compiled them itself."""
+    sample(optimize_model(sd15, FIRST), steps=3)
+    for key in session.engine.cache.all_keys()[:3]:
+        session.engine.cache.discard(key)
+    again = make_model(SD15)
+    sample(optimize_model(again, FIRST), steps=1)
+    assert len(session.engine.jobs._held) == 3
+    optimized = optimize_model(again, BACKGROUND)
+    until_done(session, lambda: sample(optimized, steps=3))
+
+
 def test_what_is_on_disk_is_not_given_away(session: Session, sd15: Any, tmp_path: Path) -> None:
     for compiled in (True, False):
         session.engine.jobs.close()

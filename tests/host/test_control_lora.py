@@ -121,6 +121,34 @@ def test_the_bases_lora_comes_and_goes_in_place(
     assert where(both) == places
 
 
+@pytest.mark.parametrize("first", ["whole", "half"])
+def test_a_base_of_which_not_all_is_on_the_gpu(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """The sum has the base's LoRAs, also of layers that the host patches while they run, and does
+    not depend on what was where when it was made."""
+    folders = ([str(tmp_path)], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", folders)
+    base, control = make_model(SD15), make_control_lora(SD15)
+    lora_files.make(base, seed=1, size=1.0, only="input_blocks").save(tmp_path, "a")
+    model = lora_files.stock(base, [lora_files.row("a")])[0]
+    plain, ours = applied(control, **prompts(), config=None), applied(control, **prompts())
+    expected = sample(model, **plain)
+    assert relative_rms(sample(base, **plain), expected) > 1e-2
+    load = type(model).partially_load
+
+    def partially_load(device: Any, extra_memory: float = 0, **options: Any) -> Any:
+        return load(model, device, model.model_size() * 0.3, **options)
+
+    for half in (first == "half", first != "half", first == "half"):
+        comfy.model_management.unload_all_models()
+        with monkeypatch.context() as small:
+            if half:
+                small.setattr(model, "partially_load", partially_load, raising=False)
+            assert relative_rms(sample(model, **ours), expected) <= BOUND
+            assert bool(base.model.model_lowvram) == half
+
+
 def test_bases_in_turn(session: Session, sums: list[Any]) -> None:
     bases = [make_model(SD15), make_model(SD15, seed=1)]
     control = make_control_lora(SD15)

@@ -58,6 +58,22 @@ def test_one_of_another_architecture(session: Session) -> None:
     assert_as_stock(small, lambda c: applied(fitting, **prompts(), config=c), fitting, steps=3)
 
 
+def test_one_that_gets_prompts_of_its_own(session: Session) -> None:
+    """As the host's CLIPTextEncodeControlnet gives them: their width need not be the model's."""
+    model, control = make_model(SD15 | {"context_dim": 48}), make_controlnet(SD15)
+    own = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(7))
+    plain = {
+        name: conditioning(seed=seed, width=48) for name, seed in (("positive", 1), ("negative", 2))
+    }
+    both = {
+        name: [[entry[0], entry[1] | {"cross_attn_controlnet": own}] for entry in prompt]
+        for name, prompt in plain.items()
+    }
+    assert_as_stock(model, lambda c: applied(control, **both, config=c), control, steps=3)
+    with pytest.raises(ControlNetError, match="does not fit the model"):
+        sample(model, **applied(control, **plain))
+
+
 SMALLER = {
     # ComfyUI's SDXL_small_cnet: the small ControlNets of diffusers have no attention at all.
     "without attention": SDXL | {"transformer_depth": [0, 0], "transformer_depth_middle": 0},

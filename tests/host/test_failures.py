@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import comfy.model_base
@@ -178,6 +179,20 @@ def test_no_compiler_means_stock_with_the_reason(
     assert "no working C++ compiler" in str(session.stats()["models"][0]["runs_as_stock"])
     with pytest.raises(BackendUnavailable, match=r"no working C\+\+ compiler was found"):
         optimize_model(sd15, STRICT)
+
+
+def test_a_user_without_a_home_has_no_graphs_on_disk(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("BLADE_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("BLADE_DISK_CACHE_MIB", "64")
+    monkeypatch.setattr(Path, "home", home)
+    assert Session().engine.store is None
+    assert "BLADE_CACHE_DIR" in caplog.text
 
 
 def test_torch_blade_that_cannot_run(

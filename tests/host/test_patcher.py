@@ -86,6 +86,38 @@ def test_values_do_not_depend_on_what_was_there_before(session: Session, sd15: A
         assert relative_rms(found[0][key], weight) <= 1e-6, key
 
 
+def _low_rank(up: tuple[int, ...], down: tuple[int, ...]) -> Any:
+    factors = (torch.ones(up), torch.ones(down), None, None, None, None)
+    return comfy.weight_adapter.LoRAAdapter(set(), factors)
+
+
+REFUSED = {
+    "a matrix for a convolution": ("proj_in.weight", ("diff", (torch.ones(32, 32),))),
+    "a convolution for a matrix": ("attn1.to_q.weight", ("diff", (torch.ones(32, 32, 1, 1),))),
+    "factors of other ranks": ("attn1.to_q.weight", _low_rank((32, 4), (1, 32))),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_patches_that_the_host_refuses(session: Session, sd15: Any, what: str) -> None:
+    """It says so and goes on without, whatever they could be broadcast to."""
+    end, patch = REFUSED[what]
+    key = next(key for key in state(sd15) if key.endswith(end))
+
+    def patched(model: Any) -> Any:
+        clone = with_loras(model, 0.5)
+        clone.add_patches({key: patch})
+        return clone
+
+    optimized = optimize_model(sd15, EAGER)
+    sample(optimized)
+    sample(patched(optimized))
+    ours = state(sd15)
+    comfy.model_management.unload_all_models()
+    sample(patched(sd15))
+    assert torch.equal(ours[key], state(sd15)[key])
+
+
 def test_stock_clones_in_between(session: Session, sd15: Any) -> None:
     optimized = optimize_model(sd15, EAGER)
     models: list[Callable[[], Any]] = [
