@@ -14,7 +14,8 @@ class BladeWarmUp:
     CATEGORY = "Blade"
     DESCRIPTION = (
         "Gets the model ready for sizes and batch sizes before you need them, by a few steps of "
-        "each. Runs again only if something that is wired to it changes."
+        "each, and waits until all is compiled. Runs again only if something that is wired to it "
+        "changes."
     )
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("model", "text")
