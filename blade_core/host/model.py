@@ -140,7 +140,9 @@ def _store() -> tuple[Path, int] | None:
 
 
 def _all(states: _States[_State]) -> list[_State]:
-    return [state for by_config in list(states.values()) for state in by_config.values()]
+    # Copied in one step: the report is asked for in another thread than that which adds to them.
+    by_model = states.data.copy().values()  # type: ignore[attr-defined]
+    return [state for by_config in by_model for state in by_config.copy().values()]
 
 
 @functools.cache

@@ -86,7 +86,10 @@ def _makes_new_tensors(process_output: Any) -> bool:
     """Whether it computes the same, and leaves what it is given as it is."""
     given = torch.linspace(-3.0, 3.0, 96).view(1, 3, 4, 8)
     image = given.clone()
-    result = process_output(image)
+    try:
+        result = process_output(image)
+    except Exception:  # another pack's, for other images than these
+        return False
     return torch.equal(image, given) and torch.equal(result, ToPixels(process_output)(given))
 
 

@@ -260,6 +260,7 @@ class OptimizedModel:
             self._captures.why_not = f"outside the blocks, {error}"
         return (
             run.environment,
+            _at_launch(),
             outer,
             self._held,
             [unit.frozen for block in self.blocks for unit in block.units],
@@ -318,3 +319,10 @@ def _memory_format(x: torch.Tensor, backend: Backend) -> torch.memory_format:
     if backend.channels_last and (x.device.type == "cpu" or (x.device.type == "cuda" and half)):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def _at_launch() -> tuple[bool, ...]:
+    """What cuDNN and cuBLAS are told at each launch, which a replay is none of."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    reduced = matmul.allow_bf16_reduced_precision_reduction
+    return cudnn.enabled, cudnn.deterministic, cudnn.benchmark, bool(reduced)

@@ -29,7 +29,8 @@ _FEW = 4
 """Missing graphs below which starting other processes takes longer than it saves."""
 
 _PATIENCE_SECONDS = 0.25
-"""How long a call may trace for the background: a step of a UNet without Blade takes no less."""
+"""How long a call may trace for the background: a step of a UNet without Blade takes no less.
+What it runs meanwhile does not count, or late blocks would have no turn on a slow machine."""
 
 
 @dataclass
@@ -54,7 +55,7 @@ class RunContext:
     pending: bool = False
     """Whether units ran uncompiled in this call, because they do."""
     patience: float = 0.0
-    """When, on the monotonic clock, this call has traced enough for them."""
+    """For how many seconds more this call may trace for them."""
     pieces: Replayer | None = None
     """Captures blocks one by one in this call, because the call as a whole cannot be."""
     cut: str | None = None
@@ -63,10 +64,7 @@ class RunContext:
     def begin_call(self) -> None:
         self.pieces = self.cut = None
         self.pending = False
-        self.patience = time.monotonic() + _PATIENCE_SECONDS
-
-    def out_of_patience(self) -> bool:
-        return time.monotonic() > self.patience
+        self.patience = _PATIENCE_SECONDS
 
 
 class Call(NamedTuple):
@@ -177,7 +175,7 @@ class Unit:
         if run.parallel and key.frozen is None:
             background = run.config.compile == "background"
             if background and (
-                self._asked.get(signature) == engine.jobs.finished or run.out_of_patience()
+                self._asked.get(signature) == engine.jobs.finished or run.patience <= 0
             ):
                 return None
             if background or signature not in self._asked:
@@ -185,7 +183,11 @@ class Unit:
                 ask = partial(engine.soon, least=least, beside=run.beside)
                 self._asked[signature] = engine.jobs.finished
         request = partial(self._request, key, call, run)
-        return ask(key, backend, request, checkpoint=run.checkpoint, announce=run.announce)
+        start = time.monotonic()
+        try:
+            return ask(key, backend, request, checkpoint=run.checkpoint, announce=run.announce)
+        finally:
+            run.patience -= time.monotonic() - start
 
     def _key(self, backend: Backend, call: Call, run: RunContext) -> GraphKey:
         specs = iter([TensorSpec.of(t) for t in call.inputs])

@@ -32,6 +32,9 @@ from .vae_block import VAELayer
 CODERS = (Encoder, Decoder)
 """What the host builds SD1.5's and SDXL's VAEs of, and video VAEs with other convolutions."""
 
+_INTERPOLATE_UP = getattr(host, "interpolate_up", None)
+"""What layers call by name, so that no key counts it."""
+
 _HOST_FORWARDS = {kind: kind.forward for kind in CODERS}
 
 _SHARE = 0.25
@@ -175,6 +178,8 @@ def _foreign_code(coder: nn.Module) -> str | None:
         return f"another node pack replaced the {kind.__name__}'s forward"
     if coder._forward_hooks or coder._forward_pre_hooks:
         return f"the {kind.__name__} has hooks"
+    if getattr(host, "interpolate_up", None) is not _INTERPOLATE_UP:
+        return "another node pack replaced ComfyUI's interpolate_up"
     return None
 
 

@@ -55,6 +55,12 @@ class VAEProxy:
             raise AttributeError(name)
         return getattr(self._model, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What packs put into the model, such as another decoder, is for the model; what they put
+        in the place of the methods here is for those who call them."""
+        own = name in ("_model", "_config", "_node_id", "stock") or hasattr(type(self), name)
+        object.__setattr__(self, name, value) if own else setattr(self._model, name, value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> VAEProxy:
         model, stock = copy.deepcopy((self._model, self.stock), memo)
         return VAEProxy(model, self._config, self._node_id, stock)

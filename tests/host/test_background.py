@@ -17,6 +17,7 @@ from blade_tests.host.tiny import DEVICE, SD15, SDXL, make_model, relative_rms, 
 
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.engine import Engine
+from blade.blade_core.host import unit
 from blade.blade_core.host.controlnet import apply_controlnet, optimize_controlnet
 from blade.blade_core.host.model import Session, optimize_model
 from blade.blade_core.host.warm_up import warm_up
@@ -180,6 +181,21 @@ def test_warming_up_waits(session: Session, sd15: Any) -> None:
     ):
         sampled = sample(model, positive=both[0], negative=both[1])
     assert relative_rms(sampled, expected) <= BOUND
+
+
+def test_a_slow_step_leaves_no_graph_without_its_turn(
+    session: Session, sd15: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, slow = unit.Unit.__call__, iter([2.5])
+
+    def first_is_slow(self: Any, *args: Any) -> Any:
+        time.sleep(next(slow, 0.0))
+        return run(self, *args)
+
+    monkeypatch.setattr(unit, "_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(unit.Unit, "__call__", first_is_slow)
+    sample(optimize_model(sd15, BACKGROUND), steps=1)
+    assert len(session.engine.jobs._running) > 4
 
 
 def test_few_that_wait_for_more_do_not_wait_for_ever(session: Session, sd15: Any) -> None:

@@ -183,6 +183,19 @@ def test_attention_that_cannot_be_traced(
         assert_as_stock(vae, ours, decode(), encode())
 
 
+def test_an_output_function_of_a_pack_that_takes_other_images(session: Session, vae: Any) -> None:
+    own = vae.process_output
+
+    def only_whole_ones(image: torch.Tensor) -> torch.Tensor:
+        if image.shape[2] < 8:
+            raise ValueError("too small")
+        result: torch.Tensor = own(image)
+        return result
+
+    vae.process_output = only_whole_ones
+    assert optimized(vae).process_output is only_whole_ones
+
+
 # --- code of others -------------------------------------------------------------------------------
 
 

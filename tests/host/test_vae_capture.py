@@ -190,7 +190,22 @@ def _coder(vae: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(decoder, "forward", lambda *args, **more: forward(*args, **more) * 0.5)
 
 
-@pytest.mark.parametrize("change", [_number, _function, _layer, _coder])
+def _upsampling(vae: Any, patch: pytest.MonkeyPatch) -> None:
+    up = torch.nn.functional.interpolate
+    patch.setattr(host, "interpolate_up", lambda x, s: up(x, scale_factor=s, mode="bilinear"))
+
+
+def _other_decoder(vae: Any, patch: pytest.MonkeyPatch) -> None:
+    """Put in where the node has left its own."""
+    patch.setitem(vae.first_stage_model._modules, "decoder", vae.first_stage_model.decoder)  # back
+    ours = optimized(vae, FALLBACK).first_stage_model
+    ours.decoder = make_vae(seed=5).first_stage_model.decoder
+    assert vae.first_stage_model.decoder is ours.decoder
+
+
+@pytest.mark.parametrize(
+    "change", [_number, _function, _layer, _coder, _upsampling, _other_decoder]
+)
 def test_a_replay_leaves_no_change_out(
     session: Session, vae: Any, captured: Any, change: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +216,16 @@ def test_a_replay_leaves_no_change_out(
             (changed, *_) = assert_as_stock(vae, captured, decode(), decode(seed=seed))
     assert relative_rms(changed, plain) > 1e-3
     assert_as_stock(vae, captured, decode())
+
+
+@pytest.mark.parametrize("name", ["deterministic", "benchmark", "enabled"])
+def test_what_is_read_at_each_launch_is_recorded_again(
+    session: Session, vae: Any, captured: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, name, not getattr(torch.backends.cudnn, name))
+    with session.engine.counters.expect(captures=1, captures_dropped=1):
+        for seed in range(3):
+            used(captured, decode(seed=seed))
 
 
 def test_a_budget_for_the_model_or_the_vae(session: Session, vae: Any, sd15: Any) -> None:
