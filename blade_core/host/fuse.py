@@ -77,7 +77,8 @@ class Row:
 class Fused:
     """What BladeFusedLoRA left on a clone: for the report, and for the next such node.
 
-    stacks: what each of these nodes handed on, all of which is on this clone. switch_ms: of the
+    stacks: what these nodes handed on, all of which is on this clone; of those that begin with
+    another, that which has it all. switch_ms: of the
     last writing of weights.
     """
 
@@ -163,16 +164,27 @@ def _of_clip(row: Row) -> float:
 
 def _not_there_yet(component: _Component, stack: Sequence[Row]) -> list[Row]:
     """`stack` without what came with the clone from the nodes before: all of a stack that one of
-    them handed on, its beginning where another node has extended it since, or more."""
-    asked = tuple(stack)
-    shared = [_shared(asked, there) for there in component.fused.stacks]
-    return list(asked[max(shared, default=0) :])
+    them handed on, its beginning where another node has extended it since, or more; and what other
+    nodes handed on if that follows."""
+    left, known, count = tuple(stack), list(component.fused.stacks), _shared
+    while known:
+        shared, number = max((count(left, there), n) for n, there in enumerate(known))
+        if not shared:
+            break
+        left, count = left[shared:], _whole
+        del known[number]
+    return list(left)
 
 
-def _shared(one: tuple[Row, ...], other: tuple[Row, ...]) -> int:
+def _shared(asked: tuple[Row, ...], there: tuple[Row, ...]) -> int:
     """How many rows they have in common where one begins with all of the other."""
-    count = min(len(one), len(other))
-    return count if one[:count] == other[:count] else 0
+    count = min(len(asked), len(there))
+    return count if asked[:count] == there[:count] else 0
+
+
+def _whole(asked: tuple[Row, ...], there: tuple[Row, ...]) -> int:
+    """How many rows they have in common where `asked` begins with all that is there."""
+    return len(there) if asked[: len(there)] == there else 0
 
 
 _Files = dict[Row, tuple[LoraFile, list[Lora]]]
@@ -297,7 +309,7 @@ def _leave_report(
 ) -> None:
     patcher, before = _patcher(clone), component.fused
     after = Fused(
-        stacks=(*before.stacks, handed_on),
+        stacks=(*(s for s in before.stacks if handed_on[: len(s)] != s), handed_on),
         rows=[*before.rows, *(reports[row] for row in rows if row in reports)],
         weights=len(patcher.patches),
         fuse_ms=before.fuse_ms + milliseconds,

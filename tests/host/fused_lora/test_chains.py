@@ -81,6 +81,12 @@ def by_both_with_another_packs_rows_behind(model: Any, clip: Any) -> Any:
     return fuse(second, [], text, stack=[*stack, C, D])
 
 
+def by_stacks_put_together(model: Any, clip: Any) -> Any:
+    first, text, one = fuse(model, [A], clip)
+    second, text, other = fuse(first, [B, C], text)
+    return fuse(second, [D], text, stack=[*one, *other])
+
+
 def by_an_earlier_nodes_stack(model: Any, clip: Any) -> Any:
     """Two nodes add to the first one's stack, and the last gets what the second made of it."""
     first, text, stack = fuse(model, [A], clip)
@@ -146,6 +152,7 @@ CHAINS: list[Callable[[Any, Any], Any]] = [
     by_both_thrice,
     by_both_after_a_node_without_the_stack,
     by_both_with_another_packs_rows_behind,
+    by_stacks_put_together,
     by_an_earlier_nodes_stack,
     by_both_one_by_one,
     by_both_with_the_last_for_one,
@@ -171,3 +178,15 @@ def test_chains(loras: dict[str, LoraFile], small: Any, chain: Callable[[Any, An
         for patches in (models[0].patches, models[1].patcher.patches):
             assert set(map(len, patches.values())) == {1}
     assert not small.patches and not clip.patcher.patches
+
+
+def test_a_stack_with_the_same_rows_again(loras: dict[str, LoraFile], small: Any) -> None:
+    """Another pack has added to it what it held already: that is meant."""
+    first, _, stack = fuse(small, [A], None)
+    second, _, stack = fuse(first, [B], None, stack=stack)
+    for again in ([A], [A, B], [B]):
+        base = state(small)
+        model = fuse(second, [], stack=[*stack, *again])[0]
+        used = [(loras[row[0]], row[1]) for row in (A, B, *again)]
+        assert_near(loaded(model), expected(base, used), WEIGHTS)
+        comfy.model_management.unload_all_models()
