@@ -236,9 +236,9 @@ class Engine:
 
     def _compile(self, backend: Backend, request: GraphRequest) -> Graph:
         start = time.perf_counter()
+        expected = request.eager(request.weights, request.inputs)
         try:
             compiled = backend.compile(request)
-            expected = request.eager(request.weights, request.inputs)
             difference = difference_of(compiled.call, request, expected)
         except CompileFailed:
             raise

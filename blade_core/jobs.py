@@ -120,12 +120,12 @@ class Jobs:
     def finish(self, checkpoint: Callable[[], None]) -> None:
         """Return when nobody works on anything any more."""
         while True:
+            checkpoint()
             with self._lock:
                 working = [job for job in self._running.values() if not job.done()]
             if not working:
                 return
             wait(working, WAIT_SECONDS)
-            checkpoint()
 
     def take(self, key: GraphKey) -> Result | None:
         """The result for `key`, once; None if there is none, or if the process failed."""

@@ -157,6 +157,8 @@ class _Server:
                 env=os.environ | _VARIABLES,
                 start_new_session=FORKS,
             )
+            if self.closed:  # meanwhile
+                _end(self.process)
             self._thread(self._listen, self.process)
         return self.process
 

@@ -45,16 +45,16 @@ class InductorBackend:
     capturable = True
 
     def available(self, device: torch.device) -> str | None:
-        if not standalone.keeps_graphs():
+        if device.type not in ("cpu", "cuda"):
+            return f"Blade has not been tried on {device.type!r} devices"
+        on_gpu = device.type == "cuda"
+        reason = _no_triton(device) if on_gpu else _no_cpp_compiler(os.environ.get("CXX"))
+        if reason is None and not standalone.keeps_graphs():
             warn_once(
                 f"torch {torch.__version__} cannot keep compiled graphs (2.8 and newer can): Blade "
                 "compiles them in this process, and again after each restart."
             )
-        if device.type == "cpu":
-            return _no_cpp_compiler(os.environ.get("CXX"))
-        if device.type == "cuda":
-            return _no_triton(device)
-        return f"Blade has not been tried on {device.type!r} devices"
+        return reason
 
     def preload(self) -> None:
         with suppress(ImportError):  # of older torch

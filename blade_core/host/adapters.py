@@ -7,6 +7,7 @@ Source of the kinds' meaning: comfy/weight_adapter and comfy/lora.py (calculate_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,10 +84,17 @@ def fits(part: Part, shape: Sequence[int]) -> bool:
         return up.shape[1] == down.shape[0] and up.shape[0] * down.shape[1] == count
     if (_loha_size(*tensors) if kind == "loha" else _lokr_size(*tensors)) != count:
         return False
-    on_meta = with_tensors(part, lambda t: torch.empty(t.shape, device="meta"))
+    shapes = tuple(t.shape if isinstance(t, torch.Tensor) else None for t in tensors)
+    return _fit_each_other(kind, shapes, torch.Size(shape))
+
+
+@functools.lru_cache(4096)  # a switch asks for hundreds of weights, most of them alike
+def _fit_each_other(kind: str, shapes: tuple[torch.Size | None, ...], shape: torch.Size) -> bool:
+    """Whether factors of these shapes, and none where it is None, give a weight of `shape`."""
+    factors = tuple(s if s is None else torch.empty(s, device="meta") for s in shapes)
     try:
-        add_parts(torch.empty(tuple(shape), device="meta"), [on_meta])
-    except (RuntimeError, IndexError):  # factors that do not fit each other
+        add_parts(torch.empty(shape, device="meta"), [(kind, 1.0, factors)])
+    except (RuntimeError, IndexError):
         return False
     return True
 

@@ -33,15 +33,28 @@ def unknown_attention() -> str | None:
     for name in _ASKS:
         if getattr(host, name) in (getattr(host, chosen) for chosen in _NAMES):
             return f"its attention is {name}, which asks for free memory while it runs"
-    if all(_name(f) for f in _functions()):
+    return _unknown(_functions())
+
+
+def unknown_call() -> str | None:
+    """Why attention that calls torch's own by name cannot be compiled, if a pack's is in its
+    place."""
+    return _unknown(_called())
+
+
+def _unknown(functions: list[Any]) -> str | None:
+    if all(_name(f) for f in functions):
         return None
     return "another node pack sets an attention function in each run that Blade cannot tell apart"
 
 
 def _functions() -> list[Any]:
-    own = [getattr(comfy.ldm.modules.attention, name) for name in _NAMES]
-    # What these call by name, in whose place some packs put theirs.
-    return [*own, *(getattr(owner, _CALLED) for owner in (torch.nn.functional, comfy.ops))]
+    return [*(getattr(comfy.ldm.modules.attention, name) for name in _NAMES), *_called()]
+
+
+def _called() -> list[Any]:
+    """What the host's attention functions call by name, in whose place some packs put theirs."""
+    return [getattr(owner, _CALLED) for owner in (torch.nn.functional, comfy.ops)]
 
 
 _AT_IMPORT = frozenset(map(id, _functions()))

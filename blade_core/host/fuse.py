@@ -77,9 +77,8 @@ class Row:
 class Fused:
     """What BladeFusedLoRA left on a clone: for the report, and for the next such node.
 
-    stacks: what these nodes handed on, all of which is on this clone; of those that begin with
-    another, that which has it all. switch_ms: of the
-    last writing of weights.
+    stacks: what these nodes handed on, all of which is on this clone; one that begins with another
+    stands for both. switch_ms: of the last writing of weights.
     """
 
     stacks: tuple[tuple[Row, ...], ...] = ()

@@ -12,6 +12,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules import model as host
 from torch import nn
 
+from .attention import unknown_call
 from .block import OptimizedBlock
 from .blocks import Layer, Step
 from .unit import RunContext
@@ -38,6 +39,8 @@ class VAELayer(OptimizedBlock):
                     if attention is host.normal_attention
                     else f"its attention is {name}, which Blade does not know"
                 )
+            if (reason := unknown_call()) is not None:
+                return reason
         return [Step(label, Layer(self.block), ("h",), "h")]
 
     def __call__(self, run: RunContext, h: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:

@@ -96,7 +96,7 @@ def warm_up(
         before, start = counters.snapshot(), time.perf_counter()
         latent = torch.zeros(batch, channels, height // _CELL, width // _CELL)
         pending = None
-        while pending != counters["runs_pending"]:
+        while pending != counters["runs_pending"]:  # the last run did without some graphs
             pending = counters["runs_pending"]
             engine.jobs.finish(comfy.model_management.throw_exception_if_processing_interrupted)
             comfy.sample.sample(

@@ -35,7 +35,7 @@ from blade.blade_core import engine
 from blade.blade_core.config import OptimizeConfig
 from blade.blade_core.errors import BackendUnavailable, CompileFailed
 from blade.blade_core.graph import GraphRequest
-from blade.blade_core.host import unit
+from blade.blade_core.host import attention, unit
 from blade.blade_core.host.model import Session
 
 pytestmark = pytest.mark.parametrize("session", ["captured"], indirect=True)
@@ -181,6 +181,25 @@ def test_attention_that_cannot_be_traced(
         coder.mid.attn_1.optimized_attention = host.pytorch_attention
     with session.engine.counters.expect(blocks_eager=0, graphs_compiled=0):
         assert_as_stock(vae, ours, decode(), encode())
+
+
+def test_what_attention_calls_is_another_in_each_image(
+    session: Session, vae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_others", {})
+    layer = vae.first_stage_model.decoder.mid.attn_1
+    with torch.no_grad():
+        layer.proj_out.weight.normal_()
+        layer.v.weight.normal_()
+    own, ours = torch.nn.functional.scaled_dot_product_attention, optimized(vae)
+    for factor in range(1, 8):
+
+        def scaled(q: torch.Tensor, *args: Any, by: float = factor, **more: Any) -> torch.Tensor:
+            return own(q, *args, **more) * by
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", scaled)
+        assert_as_stock(vae, ours, decode())
+    assert "cannot tell apart" in eager_blocks(session)["mid.attn_1"]
 
 
 def test_an_output_function_of_a_pack_that_takes_other_images(session: Session, vae: Any) -> None:

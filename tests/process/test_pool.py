@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def test_the_end_of_a_process_is_noticed_while_its_children_work() -> None:
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(WorkerFailed, match="the process ended"):
             job.result(PATIENCE / 4)
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the child, which has its group still
     finally:
         workers.close()
 
