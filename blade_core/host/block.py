@@ -40,7 +40,7 @@ class OptimizedBlock:
         self.changes = 0  # how often it was read anew
         self.attentions: list[nn.Module] = []
         self._frozen_keys: list[dict[Signature, GraphKey]] = []
-        self._seen: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._seen: list[tuple[nn.Module, dict[str, Any], list[type]]] = []
 
     def _program(self) -> list[Step] | str:
         """The block's steps as it is now, or why it can only run as stock."""
@@ -80,7 +80,7 @@ class OptimizedBlock:
 
     def containers(self) -> list[nn.Module]:
         """Its modules that hold others: on these packs set a `forward` or hooks."""
-        return [module for module, _ in self._seen if module._modules]
+        return [module for module, *_ in self._seen if module._modules]
 
     def projections(self) -> list[Projection]:
         return [unit.step.projection for unit in self.units if unit.step.projection is not None]
@@ -176,11 +176,11 @@ class OptimizedBlock:
         same = not hooked and len(modules) == len(self._seen)
         with suppress(RuntimeError):  # tensors as attributes have no truth value
             if same and all(
-                m is seen and vars(m) == attributes
-                for m, (seen, attributes) in zip(modules, self._seen, strict=True)
+                m is seen and vars(m) == attributes and _kinds(m) == kinds
+                for m, (seen, attributes, kinds) in zip(modules, self._seen, strict=True)
             ):
                 return False
-        self._seen = [] if hooked else [(m, dict(vars(m))) for m in modules]
+        self._seen = [] if hooked else [(m, dict(vars(m)), _kinds(m)) for m in modules]
         self.attentions = attentions(modules)
         return True
 
@@ -221,3 +221,8 @@ class OptimizedBlock:
             "reasons": sorted(self.reasons),
             "layers": [unit.step.label for unit in self.units],
         }
+
+
+def _kinds(module: nn.Module) -> list[type]:
+    """What its weights are: None, tensors, or a quantization's. The dict of them stays the same."""
+    return [*map(type, module._parameters.values())]

@@ -65,10 +65,16 @@ def _twin(
     if not getattr(patcher, "is_dynamic", lambda: False)():
         return model, patcher
     twin = _patchers.get(model)
+    if twin is not None and _attributes(model) != _attributes(twin.model):
+        twin = None  # a pack has changed a layer since then
     if twin is None:
         twin = _patchers[model] = ModelPatcher(
             _without_pages(model).to(dtype=dtype), patcher.load_device, patcher.offload_device
         )
+    if twin.patches != patcher.patches:
+        twin = twin.clone()  # a VAE's LoRAs, say
+        twin.patches = {key: list(each) for key, each in patcher.patches.items()}
+        twin.patches_uuid = patcher.patches_uuid
     return twin.model, twin
 
 
@@ -93,3 +99,17 @@ def _without_pages(model: nn.Module) -> nn.Module:
 
 def _is_of_pages(name: str) -> bool:
     return name in HOST_STATE or name.startswith(("dynamic_", "_v", "_prefetch", "_pin"))
+
+
+def _attributes(model: nn.Module) -> list[dict[str, Any]]:
+    """The settings of its layers: what the host counts on the model itself is none."""
+    return [
+        {k: v for k, v in vars(m).items() if _is_plain(v) and not _is_of_pages(k)}
+        for m in [*model.modules()][1:]
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))

@@ -203,8 +203,12 @@ def _other_decoder(vae: Any, patch: pytest.MonkeyPatch) -> None:
     assert vae.first_stage_model.decoder is ours.decoder
 
 
+def _no_bias(vae: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(vae.first_stage_model.decoder.mid.block_1.conv1._parameters, "bias", None)
+
+
 @pytest.mark.parametrize(
-    "change", [_number, _function, _layer, _coder, _upsampling, _other_decoder]
+    "change", [_no_bias, _number, _function, _layer, _coder, _upsampling, _other_decoder]
 )
 def test_a_replay_leaves_no_change_out(
     session: Session, vae: Any, captured: Any, change: Any, monkeypatch: pytest.MonkeyPatch

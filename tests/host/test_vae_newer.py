@@ -67,3 +67,43 @@ def test_a_file_of_another_dtype(session: Session) -> None:
     ours.patcher.load_device = DEVICE
     assert relative_rms(used(ours, decode()), expected) <= BOUND
     assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def _dynamic() -> Any:
+    vae = make_vae()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("comfy_aimdo.host_buffer.HostBuffer", lambda *_: None)
+        device = torch.device("cuda:0")
+        vae.patcher = DYNAMIC(vae.first_stage_model, device, torch.device("cpu"))
+    return vae
+
+
+def _used(vae: Any) -> torch.Tensor:
+    ours = optimized(vae)
+    ours.patcher.load_device = DEVICE
+    return used(ours, decode())
+
+
+def test_layers_that_a_pack_changes_later(session: Session) -> None:
+    """As packs for seamless images do it in place, in a later prompt."""
+    vae, stock = _dynamic(), make_vae()
+    assert relative_rms(_used(vae), used(stock, decode())) <= BOUND
+    twin = optimized(vae).patcher.model
+    assert optimized(vae).patcher.model is twin
+    for model in (vae.first_stage_model, stock.first_stage_model):
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.padding_mode = "circular"
+    assert relative_rms(_used(vae), used(stock, decode())) <= BOUND
+
+
+def test_patches(session: Session) -> None:
+    vae, stock = _dynamic(), make_vae()
+    plain = used(stock, decode())
+    assert relative_rms(_used(vae), plain) <= BOUND
+    delta = torch.randn_like(stock.first_stage_model.decoder.conv_in.weight)
+    for each in (vae, stock):
+        each.patcher.add_patches({"decoder.conv_in.weight": (delta,)}, 1.0)
+    assert relative_rms(_used(vae), used(stock, decode())) <= BOUND
+    vae.patcher.patches = {}
+    assert relative_rms(_used(vae), plain) <= BOUND
